@@ -1,1 +1,1 @@
-
+"""Which learning rate next: space, surrogate, acquisition, ask/tell."""

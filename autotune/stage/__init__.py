@@ -1,1 +1,1 @@
-
+"""When to search, and what to do with the answer."""
