@@ -72,7 +72,7 @@ class ProbeSet:
             combined = self._trainer.fit_loop._combined_loader
             training = second_loader(combined, self._seed + 7919, combined.limits)
             limits = [self._trainer.num_training_batches]
-            opened = [batch for batch in [_batches(training)]]
+            opened = [_batches(training)]
         allowed = 3.0 * steps * self._update_examples / len(opened)
         return [self._take(source, allowed, limit) for source, limit in zip(opened, limits, strict=True)]
 

@@ -53,6 +53,13 @@ def validation_loader(trainer: Any) -> Any:
     return None if not sum(val_loop._max_batches) else val_loop._combined_loader
 
 
+def surroundings(trainer: Any) -> list[Any]:
+    """Objects beside the module whose plain attributes a step may change: scaler, schedulers, datamodule."""
+    objects = [getattr(trainer.precision_plugin, "scaler", None), trainer.datamodule]
+    objects += [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [item for item in objects if item is not None]
+
+
 def logs_now(trainer: Any) -> bool:
     """Whether Lightning writes a row of its own for the present step."""
     return bool(trainer._logger_connector.should_update_logs)
