@@ -188,7 +188,9 @@ class Trials:
             if result.cost + plan.shape.steps + self.probe_cost > plan.allowance:
                 break
             text = f"AutoLRS search {index + 1}: trial {len(result.outcomes) + 1}"
-            outcome, reason = self._trial(loop, proposal.log_lr, plan, batches, best, lambda at, t=text: bar.show(t + at))
+            outcome, reason = self._trial(
+                loop, proposal.log_lr, plan, batches, best, lambda at, t=text: bar.show(t + at)
+            )
             self._snapshot.restore()
             loop.rewind()
             result.outcomes.append(outcome)
