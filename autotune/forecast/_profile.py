@@ -86,16 +86,14 @@ def last_smoothed(y: Array) -> float:
 
 
 def _basis(x: Array, theta: Array, family: Family) -> Array:
-    """phi at K shapes and n places, shape (K, n)."""
+    """Basis at K shapes and n places, shape (K, n)."""
     ratio = x[None, :] / np.exp(theta[:, :1])
     if family == "exponential":
         return np.asarray(np.exp(-ratio))
     return np.asarray(np.exp(-np.exp(theta[:, 1:]) * np.log1p(ratio)))
 
 
-def profile(
-    x: Array, y: Array, w: Array, family: Family, bound: float, dof: int
-) -> tuple[Nodes, Array, float]:
+def profile(x: Array, y: Array, w: Array, family: Family, bound: float, dof: int) -> tuple[Nodes, Array, float]:
     """Nodes over theta that resolve the profile likelihood, its logarithm there, and the noise inflation."""
     limits = np.array(_BOX[family])
     frame, box = np.eye(len(limits)), limits

@@ -11,11 +11,11 @@ Notation (all arrays float64):
     K         number of nodes of the grid over theta that the interval integrates over
     r         lag-1 autocorrelation of the residuals, at least 0
 
-Given theta the curve is linear in (a, c): they are eliminated (variable projection: Golub and Pereyra, 1973) by a
-least-squares problem with bounds, small enough to be solved by listing its faces. Theta has one or two
+Given theta the curve is linear in (a, c): they are eliminated (variable projection: Golub and Pereyra, 1973)
+by a least-squares problem with bounds, small enough to be solved by listing its faces. Theta has one or two
 dimensions, so a grid that zooms in on the profile likelihood finds its maximum and serves as quadrature for the
-interval. Where AutoLRS (arXiv 2105.10762) extrapolates with free a and c, these are bounded here, and every answer
-carries an interval.
+interval. Where AutoLRS (arXiv 2105.10762) extrapolates with free a and c, these are bounded here, and every
+answer carries an interval.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ class CurveFit:
         span = self.last_step - self.first_step
         x = (step - self.first_step) / span
         if not math.isfinite(x) or x < 0:
-            return Forecast(
-                self.c, -math.inf, math.inf, False, f"step {step!r} is before the data or not finite"
-            )
+            return Forecast(self.c, -math.inf, math.inf, False, f"step {step!r} is before the data or not finite")
         value, low, high = self._mixture.at(x, level, noisy)
         if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
             return Forecast(self.c, -math.inf, math.inf, False, "the forecast is not finite")
@@ -141,8 +139,8 @@ def fit_curve(
             negative. Dropped where an observed loss lies below it.
 
     Returns:
-        A fit, or a refusal with ``trusted=False`` and the reason: too few points, a value that is not finite, no
-        descent, or a fit that failed.
+        A fit, or a refusal with ``trusted=False`` and the reason: too few points, a value that is not finite,
+        no descent, or a fit that failed.
 
     Raises:
         ConfigurationError: The family is unknown.
@@ -162,9 +160,7 @@ def fit_curve(
             return CurveFit(False, f"the fit failed: {failure}", family, c=last_smoothed(y))
 
 
-def _arrays(
-    steps: Sequence[float], losses: Sequence[float], se: Sequence[float] | None
-) -> tuple[Array, Array, Array]:
+def _arrays(steps: Sequence[float], losses: Sequence[float], se: Sequence[float] | None) -> tuple[Array, Array, Array]:
     t, y = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (steps, losses))
     return t, y, np.ones_like(y) if se is None else np.asarray(se, dtype=np.float64).reshape(-1)
 

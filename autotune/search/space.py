@@ -40,13 +40,10 @@ class LogSpace:
                 raise ConfigurationError(f"LogSpace: {name} must be a number; got {value!r}")
             if not (math.isfinite(value) and value > 0):
                 raise ConfigurationError(
-                    f"LogSpace: {name} must be finite and above 0; got {value!r}. "
-                    "LogSpace(1e-6, 10.0) is the default"
+                    f"LogSpace: {name} must be finite and above 0; got {value!r}. LogSpace(1e-6, 10.0) is the default"
                 )
         if not self.low < self.high:
-            raise ConfigurationError(
-                f"LogSpace: low must be below high; got low={self.low!r}, high={self.high!r}"
-            )
+            raise ConfigurationError(f"LogSpace: low must be below high; got low={self.low!r}, high={self.high!r}")
 
     @property
     def log_low(self) -> float:
