@@ -39,13 +39,21 @@ class LRRun:
         trainer: In a running fit.
         module: Its module.
         saved: A state to go on from, or None.
+        decisions: Those before ``saved``; the run's own are appended.
     """
 
-    def __init__(self, settings: LRSettings, trainer: Any, module: Any, saved: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        settings: LRSettings,
+        trainer: Any,
+        module: Any,
+        saved: dict[str, Any] | None,
+        decisions: list[Decision],
+    ) -> None:
         self._settings = settings
-        self._trainer = trainer
+        self.trainer = trainer
         self._log = RunLog.of(trainer)
-        optimizer = trainer.optimizers[0]
+        self.optimizer = optimizer = trainer.optimizers[0]
         scheduled = bool(trainer.lr_scheduler_configs)
         self.driver = RateDriver(optimizer, scheduled=scheduled, ratios_=None if saved is None else saved["ratios"])
         self.trials = Trials(
@@ -53,7 +61,7 @@ class LRRun:
         )
         self._weights, self._optimizer_state = Weights(module), OptimizerState(optimizer)
         self.state = StageState()
-        self.decisions: list[Decision] = []
+        self.decisions = decisions
         self.trial_steps = 0
         self.spent = 0.0
         self._first_cost = 0.0
@@ -73,13 +81,17 @@ class LRRun:
     # ------------------------------------------------------------------ the plan
 
     def _plan(self) -> None:
-        self.horizon = horizons.plan(self._trainer)
+        self.horizon = horizons.plan(self.trainer)
         known = self.horizon.known
         self.machine = StageMachine(search=self._settings.search, known_end=known)
         if self._settings.objective == "forecast":
             updates = self.horizon.updates if math.isfinite(self.horizon.updates) else 15000.0
             self.machine = replace(
-                self.machine, known_end=False, first=min(1000.0 / updates, 1 / 15), longest=8000.0 / updates, worse=math.inf
+                self.machine,
+                known_end=False,
+                first=min(1000.0 / updates, 1 / 15),
+                longest=8000.0 / updates,
+                worse=math.inf,
             )
         self._set_updates(self.horizon.updates)
 
@@ -97,13 +109,13 @@ class LRRun:
     @property
     def progress(self) -> float:
         """Share of the run that is done; unbounded where the end is not known."""
-        done = horizons.done(self._trainer, self.horizon)
+        done = horizons.done(self.trainer, self.horizon)
         return done / (self.horizon.total if self.horizon.known else self.updates)
 
     @property
     def step(self) -> int:
         """Real updates done."""
-        return int(self._trainer.global_step)
+        return int(self.trainer.global_step)
 
     @property
     def left(self) -> float:
@@ -146,6 +158,29 @@ class LRRun:
         share = self.spent / max(self.step, 1)
         self.record("finish", "end", f"searching cost {share:.1%} of {self.step} updates", numbers=numbers)
 
+    def epoch_started(self) -> None:
+        """An epoch of a loader without a length has been counted: the end may be known now."""
+        if not self.horizon.known and self.state.index and horizons.plan(self.trainer).known:
+            self._plan_anew()
+
+    def describe(self) -> str:
+        """The plan, in a sentence."""
+        horizon = self.horizon
+        if not horizon.known:
+            return f"the end is not known ({horizon.reason}): the rate is held, and lowered on a plateau"
+        count = "" if math.isnan(horizon.updates) else f", about {horizon.updates:.0f} updates"
+        return f"the run ends at {horizon.total:g} {horizon.unit}{count}"
+
+    def scalars(self) -> dict[str, float]:
+        """What goes to the loggers at every logging step."""
+        return {
+            "lr": self.driver.last,
+            "peak_lr": self.state.lr or math.nan,
+            "stage": self.state.index,
+            "trial_steps": self.trial_steps,
+            "search_cost_steps": self.spent,
+        }
+
     def request_search(self, reason: str) -> None:
         """Somebody else has a reason to search again, at the next update; the budget permitting."""
         self.state = self.machine.asked(self.state, reason)
@@ -166,7 +201,7 @@ class LRRun:
         self._prepared = True
         if math.isnan(self.updates):
             seconds, steps = self.trials.time_a_step(0.0)
-            exempt_from_time_limit(self._trainer, seconds * steps)
+            exempt_from_time_limit(self.trainer, seconds * steps)
             self._pay(steps, steps)
             self._first_cost += steps
             self._set_updates(self.horizon.total / seconds)
@@ -196,7 +231,7 @@ class LRRun:
             self._first_cost += outcome.cost
         self._pay(outcome.cost, outcome.trial_steps)
         self._search_seconds += outcome.seconds
-        exempt_from_time_limit(self._trainer, outcome.seconds)
+        exempt_from_time_limit(self.trainer, outcome.seconds)
         previous = self.state.lr
         self.state = self.machine.searched(self.state, outcome.lr)
         numbers = {**outcome.numbers, "lr": outcome.lr, "previous_lr": previous, "index": self.state.searches - 1}
@@ -296,7 +331,11 @@ class LRRun:
             "previous_lr": before.lr,
         }
         self.record(
-            "rollback", "roll_back", f"{why}: back to step {before.start_step}, at a lower rate", numbers=numbers, cost=lost
+            "rollback",
+            "roll_back",
+            f"{why}: back to step {before.start_step}, at a lower rate",
+            numbers=numbers,
+            cost=lost,
         )
 
     def _recover(self, progress: float) -> None:
@@ -330,7 +369,9 @@ class LRRun:
         gained = self._first_loss - self._best_recent
         limit = self._first_loss + max(gained, 0.5 * abs(self._first_loss))
         if middle > limit:
-            self._trouble = f"the training loss has risen to {middle:.4g}, far above its start at {self._first_loss:.4g}"
+            self._trouble = (
+                f"the training loss has risen to {middle:.4g}, far above its start at {self._first_loss:.4g}"
+            )
             return
         self._watch_interval(values[-1][0])
 
@@ -346,9 +387,7 @@ class LRRun:
 
     # ------------------------------------------------------------------ records and state
 
-    def record(
-        self, kind: str, action: str, reason: str, *, numbers: dict[str, Any], cost: float = 0.0
-    ) -> Decision:
+    def record(self, kind: str, action: str, reason: str, *, numbers: dict[str, Any], cost: float = 0.0) -> Decision:
         """Writes a decision everywhere."""
         decision = Decision(kind, action, reason, self.step, numbers=numbers, cost_steps=float(cost))
         self.decisions.append(decision)
@@ -401,7 +440,11 @@ class LRRun:
     def _replan(self, saved: dict[str, Any]) -> None:
         """A resumed run may have another end: the clock is moved to where the same work stands now."""
         unit, total = saved["horizon"]
-        if [unit, total] == [self.horizon.unit, self.horizon.total] or not self.horizon.known or unit != self.horizon.unit:
+        if (
+            [unit, total] == [self.horizon.unit, self.horizon.total]
+            or not self.horizon.known
+            or unit != self.horizon.unit
+        ):
             return
         scale = total / self.horizon.total
         end = self.state.end * scale

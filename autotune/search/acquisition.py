@@ -61,7 +61,7 @@ class MixtureModel(Model):  # type: ignore[misc]
         """Empty: one model, not a batch."""
         return torch.Size()
 
-    def posterior(self, X: Tensor, *_: Any, **__: Any) -> GPyTorchPosterior:  # noqa: N803 - BoTorch's name
+    def posterior(self, X: Tensor, *_: Any, **__: Any) -> GPyTorchPosterior:
         """Marginals of u at log learning rates ``X``, shape (..., 1, 1)."""
         mean, sd = self._mixture.predict(X.reshape(-1), self._horizon_steps)
         shape = X.shape[:-1]
