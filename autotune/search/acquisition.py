@@ -11,6 +11,7 @@ bound, so larger is better. Ties go to the smallest learning rate.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class MixtureModel(Model):  # type: ignore[misc]
         """Empty: one model, not a batch."""
         return torch.Size()
 
-    def posterior(self, X: Tensor, *_: Any, **__: Any) -> GPyTorchPosterior:  # noqa: N803 - BoTorch's name
+    def posterior(self, X: Tensor, *_: Any, **__: Any) -> GPyTorchPosterior:
         """Marginals of u at log learning rates ``X``, shape (..., 1, 1)."""
         mean, sd = self._mixture.predict(X.reshape(-1), self._horizon_steps)
         shape = X.shape[:-1]
@@ -122,7 +123,7 @@ def largest_gap(grid: Tensor, observed: Sequence[float], *, min_gap: float = MIN
     low, high = float(grid[0]), float(grid[-1])
     inside = sorted({x for x in observed if low <= x <= high})
     edges = [low, *inside, high]
-    start, end = max(zip(edges, edges[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+    start, end = max(itertools.pairwise(edges), key=lambda pair: pair[1] - pair[0])
     middle = grid[(grid - 0.5 * (start + end)).abs().argmin()]
     if float(_distance(middle[None], observed)) < min_gap:
         return None
