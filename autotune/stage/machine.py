@@ -18,7 +18,6 @@ symbol         meaning                                                   unit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -189,8 +188,6 @@ class StageMachine:
 
     def checked(self, state: StageState, probe: Probe, train: float) -> StageState:
         """A probe has been made within or at the end of a stage; ``train`` is the recent mean training loss."""
-        if math.isnan(state.first_train) and math.isfinite(train):
-            state = replace(state, first_train=train)
         return replace(state, bad=state.bad + 1 if self._is_bad(state, probe, train) else 0)
 
     def lost(self, state: StageState, *, last: bool = False) -> bool:
