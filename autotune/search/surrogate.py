@@ -110,7 +110,7 @@ class Posterior:
 
     def difference(self, log_lr: float, other: float, horizon_steps: float) -> tuple[float, float]:
         """u(log_lr) - u(other), which are correlated: mean and standard deviation."""
-        mean, cov = self._joint(torch.tensor([log_lr, other]), horizon_steps)
+        mean, cov = self._joint(torch.tensor([log_lr, other], dtype=torch.float64), horizon_steps)
         variance = (cov[:, 0, 0] + cov[:, 1, 1] - 2.0 * cov[:, 0, 1]).clamp_min(0.0)
         centre, sd = _moments(self._weight, (mean[:, 0] - mean[:, 1])[:, None], variance[:, None])
         return float(centre), float(sd)
