@@ -11,6 +11,8 @@ _USUAL = (
     "ignore:.*isinstance.treespec, LeafSpec",
     "ignore:The number of training batches",
     "ignore:You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:The dirpath has changed from",
+    "ignore:Be aware that when using `ckpt_path`",
     "ignore:Checkpoint directory .* exists and is not empty",
     "ignore:You're resuming from a checkpoint that ended before the epoch",
 )
