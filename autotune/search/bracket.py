@@ -2,8 +2,9 @@
 
 Notation: as in :mod:`autotune.search.surrogate`; c is the log learning rate to start from, g the bracket's gap.
 
-The trials are at c and c - g; then at c - 2g if that was better and at c + g if not; then where the surrogate's lower
-confidence bound is lowest, within a gap of the best. The answer is the surrogate's minimum near the best trial.
+The trials are at c and c - g; then at c - 2g if that was better or about equal and at c + g if not; then where the
+surrogate's lower confidence bound is lowest, within a gap of the best. The answer is the surrogate's minimum near the
+best trial. "About equal" is within ``level`` of the progress the better of the two has made.
 
 Down comes first because of what lies above: a rate that is too high for a transformer takes its loss to the level of
 the bytes' frequencies and leaves it there, so that all rates above the edge end equal. A surrogate that starts on such
@@ -32,6 +33,7 @@ class BracketSearch(LRSearch):
         space: Bounds.
         candidates: Trials.
         gap: Between neighbours, in decades.
+        level: Share of the progress within which two trials count as equal, so that the walk goes on down.
         near: The answer lies this close to the best trial, in decades.
         beta: Weight of the uncertainty in the bound.
         prior: Of the surrogate.
@@ -47,6 +49,7 @@ class BracketSearch(LRSearch):
         *,
         candidates: int = 4,
         gap: float = 0.5,
+        level: float = 0.03,
         near: float = 0.25,
         beta: float = 0.5,
         prior: SurrogatePrior | None = None,
@@ -58,6 +61,7 @@ class BracketSearch(LRSearch):
             )
         self.centre = self.space.clip(math.log(centre))
         self.gap = gap * math.log(10.0)
+        self.level = level
         self.near = near * math.log(10.0)
 
     def ask(self, state: SearchState) -> Proposal | None:
@@ -70,7 +74,7 @@ class BracketSearch(LRSearch):
             return Proposal(
                 start, "where the shorter trials point" if state.current_log_lr is None else "the rate in use"
             )
-        for point, reason in self._walk(start, tried):
+        for point, reason in self._walk(start, state):
             if self.space.contains(point) and all(abs(point - outcome.log_lr) > 0.1 for outcome in tried):
                 return Proposal(point, reason)
         best = min(tried, key=_loss)
@@ -82,14 +86,19 @@ class BracketSearch(LRSearch):
             beta=self.beta,
         )
 
-    def _walk(self, start: float, tried: tuple[Outcome, ...]) -> list[tuple[float, str]]:
+    def _walk(self, start: float, state: SearchState) -> list[tuple[float, str]]:
         """The bracket's next points, the wanted one first; none once it has three."""
+        tried = state.outcomes
         down, up = (start - self.gap, "half a decade down"), (start + self.gap, "half a decade up")
         if len(tried) == 1:
             return [down, up]
-        if len(tried) == 2 and _loss(tried[1]) < _loss(tried[0]) and tried[1].log_lr < start:
-            return [(start - 2.0 * self.gap, "down was better: further down"), up]
-        return [up] if len(tried) == 2 else []
+        if len(tried) != 2:
+            return []
+        first, second = _loss(tried[0]), _loss(tried[1])
+        level = self.level * max(state.initial_loss - min(first, second), 0.0)
+        if tried[1].log_lr < start and second < first + level:
+            return [(start - 2.0 * self.gap, "down was no worse: further down"), up]
+        return [up]
 
     def _reach(self, state: SearchState) -> LogSpace:
         finished = [outcome for outcome in state.outcomes if outcome.status == "finished"]
