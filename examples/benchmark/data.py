@@ -93,9 +93,10 @@ def mnist1d(
 
     args = get_dataset_args()
     args.seed, args.num_samples, args.train_split = seed, size, 0.8
-    state = np.random.get_state(), torch.get_rng_state()
+    # The package seeds numpy's global generator: give it back as it was.
+    state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     made = make_dataset(args)
-    np.random.set_state(state[0])
+    np.random.set_state(state[0])  # noqa: NPY002
     torch.set_rng_state(state[1])
     x, y = np.concatenate([made["x"], made["x_test"]]), np.concatenate([made["y"], made["y_test"]])
     rng = np.random.default_rng(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,8 +98,12 @@ class ResConv(nn.Module):
         self.stem = nn.Conv1d(1, width, 5, stride=2, padding=2)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, width, 3, padding=1, bias=False),
-                nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, width, 3, padding=1, bias=False),
+                nn.BatchNorm1d(width),
+                nn.ReLU(),
+                nn.Conv1d(width, width, 3, padding=1, bias=False),
+                nn.BatchNorm1d(width),
+                nn.ReLU(),
+                nn.Conv1d(width, width, 3, padding=1, bias=False),
             )
             for _ in range(blocks)
         )
@@ -114,14 +120,20 @@ class MLP(nn.Module):
     """Plain perceptron; ``norm`` puts BatchNorm before each activation, ``fourier`` widens coordinates first."""
 
     def __init__(
-        self, inputs: int, outputs: int, width: int = 64, depth: int = 2, activation: str = "relu",
-        norm: bool = False, fourier: int = 0,
+        self,
+        inputs: int,
+        outputs: int,
+        width: int = 64,
+        depth: int = 2,
+        activation: str = "relu",
+        norm: bool = False,
+        fourier: int = 0,
     ) -> None:
         super().__init__()
         self.fourier = fourier
         sizes = [inputs * (1 + 2 * fourier)] + [width] * depth
         parts: list[nn.Module] = []
-        for a, b in zip(sizes, sizes[1:], strict=False):
+        for a, b in itertools.pairwise(sizes):
             parts += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), ACTIVATIONS[activation]()]
         self.body = nn.Sequential(*parts, nn.Linear(sizes[-1], outputs))
 

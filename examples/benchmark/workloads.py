@@ -5,11 +5,13 @@ The same definition runs under a Lightning Trainer and in a bare loop: ``module.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -44,6 +46,7 @@ class Task(L.LightningModule):
         super().__init__()
         self.network, self.criterion = network, LOSSES[loss]
         self.optimizer_name, self.options, self.lr = optimizer, dict(options), lr
+        self.recipe: Callable[[Task], Any] | None = None
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of one batch."""
@@ -57,8 +60,12 @@ class Task(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch), batch_size=len(batch[0]))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def plain_optimizer(self) -> torch.optim.Optimizer:
+        """The workload's own optimizer at ``lr``."""
         return OPTIMIZERS[self.optimizer_name](self.parameters(), lr=self.lr, **self.options)
+
+    def configure_optimizers(self) -> Any:
+        return self.plain_optimizer() if self.recipe is None else self.recipe(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +95,9 @@ class Workload:
 
     def key(self) -> str:
         """Hash of everything that decides this workload's numbers."""
-        code = [inspect.getsource(f) for f in (SOURCES[self.source], NETWORKS[self.network], LOSSES[self.loss])]
+        parts = (inspect.unwrap(SOURCES[self.source]), NETWORKS[self.network], LOSSES[self.loss])
+        # Through the syntax tree: comments and formatting change no result and so must not change the hash.
+        code = [ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(part)))) for part in parts]
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "gpu"}
         return hashlib.sha256(json.dumps([REVISION, fields, code], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -146,7 +155,8 @@ SUITE: dict[str, Workload] = {
     for w in (
         # The quickstart's model, narrower.
         _W("gpt_adamw", "stdlib_bytes", "GPT", "cross_entropy", "AdamW", 600, 16,
-           shape={"width": 48}, gpu={"shape": {"width": 512, "layers": 8, "heads": 8}, "batch_size": 128, "steps": 4000}),
+           shape={"width": 48},
+           gpu={"shape": {"width": 512, "layers": 8, "heads": 8}, "batch_size": 128, "steps": 4000}),
         _W("gpt_sgd", "stdlib_bytes", "GPT", "cross_entropy", "SGD", 1000, 16, data={"context": 32},
            shape={"width": 32, "context": 32}, options={"momentum": 0.9}, clip=1.0,
            gpu={"shape": {"width": 384, "layers": 6}, "batch_size": 256, "steps": 6000}),
