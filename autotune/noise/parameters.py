@@ -86,9 +86,7 @@ class ParameterSet:
         if len(self.group_names) == 1:
             return values.sum(0, keepdim=True)
         index = torch.tensor([group for _, group in present], device=values.device)
-        return torch.zeros(len(self.group_names), dtype=values.dtype, device=values.device).index_add(
-            0, index, values
-        )
+        return torch.zeros(len(self.group_names), dtype=values.dtype, device=values.device).index_add(0, index, values)
 
     def gradient_squares(self, metric: Metric | None = None) -> Tensor:
         """``|g|^2`` by group, shape (G,), read from the parameters' ``.grad``."""
@@ -104,7 +102,8 @@ def squared_norm(tensor: Tensor) -> Tensor:
     """Sum of squares, shape (), accumulated in float32 at least; reads the tensor once."""
     flat = tensor.detach().reshape(-1)
     if flat.dtype in (torch.float16, torch.bfloat16):
-        return torch.linalg.vector_norm(flat, dtype=torch.float32).square()
+        norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
+        return norm.square()
     return torch.dot(flat, flat)
 
 
@@ -137,11 +136,6 @@ def _inverse_root(state: Mapping[str, Any], beta2: float | None, eps: float) -> 
     second: Tensor | None = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     if second is not None and beta2 is not None and "step" in state:
         step = torch.as_tensor(state["step"], dtype=torch.float32, device=second.device)
-        return (
-            (second / (1 - torch.pow(torch.tensor(beta2, device=second.device), step)))
-            .sqrt()
-            .add(eps)
-            .reciprocal()
-        )
+        return (second / (1 - torch.pow(torch.tensor(beta2, device=second.device), step))).sqrt().add(eps).reciprocal()
     average: Tensor | None = state.get("square_avg")
     return None if average is None else average.sqrt().add(eps).reciprocal()

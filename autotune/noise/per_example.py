@@ -35,6 +35,7 @@ from autotune.errors import UnsupportedSetupError
 from autotune.noise import layers
 from autotune.noise.microbatch import Extras, coordinate_ratio, upper_quantile
 from autotune.noise.parameters import Metric, ParameterSet, weighted
+from autotune.noise.ranks import Ranks
 from autotune.noise.statistics import ChunkSums, GradientRecord
 
 #: Instantiated gradients of a shared parameter larger than this (numbers) are left out instead.
@@ -67,8 +68,9 @@ class _Call:
 class PerExampleMeter:
     """Per-example squared norms of one backward pass.
 
-    Use: ``attach`` before the forward pass, ``arm`` between it and the backward pass, ``end_chunk`` after it,
-    ``close`` once ``.grad`` is final. Forward passes that are not armed leave nothing.
+    Use: ``begin``; for each micro-batch ``attach`` before the forward pass, ``arm`` between it and the backward pass,
+    ``end_chunk`` after it; ``close`` once ``.grad`` is final. Forward passes that are not armed leave nothing. The
+    extras need the whole window in one micro-batch.
 
     Args:
         model: The module.
@@ -93,15 +95,22 @@ class PerExampleMeter:
         self._scale: float | Tensor = 1.0
         self._excluded: dict[str, str] = {}
         self._by_hand: dict[int, int] = {}
+        self._covered: set[int] | None = None
+        self._sums: ChunkSums | None = None
         self._coverage = Coverage(1.0, {})
         self._norms: dict[int, Tensor] = {}
         self._grads: dict[int, Tensor] = {}
         if not any(layers.is_supported(module) for module in model.modules()):
             raise UnsupportedSetupError(
-                f"no layer of {type(model).__name__} gives per-example gradients (supported: Linear, "
-                "Conv1d-3d, Embedding, LayerNorm, RMSNorm, GroupNorm): accumulate gradients over two or more micro-batches "
+                f"no layer of {type(model).__name__} gives per-example gradients (supported: Linear, Conv1d-3d, "
+                "Embedding, LayerNorm, RMSNorm, GroupNorm): accumulate gradients over two or more micro-batches "
                 "and take source='microbatch'"
             )
+
+    def begin(self) -> None:
+        """Forgets what was collected; a new update follows."""
+        self.detach()
+        self._sums, self._excluded, self._covered = None, {}, None
 
     def refuse_coupled(self) -> None:
         """Says no to batch normalisation in training mode.
@@ -143,7 +152,7 @@ class PerExampleMeter:
                 return
             call = _Call(name, layer, inputs[0].detach())
             self._pending[id(call)] = call
-            output.register_hook(lambda gradient: self._backward(call, gradient))
+            output.register_hook(lambda gradient: self._backward(call, gradient))  # type: ignore[no-untyped-call]
 
         return forward_hook
 
@@ -175,9 +184,7 @@ class PerExampleMeter:
                 before = store.get(id(own[key]))
                 store[id(own[key])] = value if before is None else before + value
 
-    def _reason(
-        self, a: Tensor, e: Tensor, own: dict[str, nn.Parameter], reader: layers.Reader
-    ) -> str | None:
+    def _reason(self, a: Tensor, e: Tensor, own: dict[str, nn.Parameter], reader: layers.Reader) -> str | None:
         if a.ndim == 0 or a.shape[0] != self._batch or e.shape[0] != self._batch:
             return f"its input's first axis is {a.shape[0] if a.ndim else 0} long, the batch {self._batch}"
         numbers = self._batch * max((p.numel() for p in own.values()), default=0)
@@ -194,7 +201,7 @@ class PerExampleMeter:
             metric: Preconditioner, as in :mod:`autotune.noise.parameters`.
         """
         self._batch, self.metric, self._armed = batch, metric, True
-        self._norms, self._grads, self._excluded, self._uses = {}, {}, {}, Counter()
+        self._norms, self._grads, self._uses = {}, {}, Counter()
         for call in self._pending.values():
             self._uses.update(id(parameter) for parameter in call.layer.parameters(False))
         self._by_hand = {} if loss is None else _unaccounted(loss, self._uses)
@@ -203,6 +210,27 @@ class PerExampleMeter:
         """The backward pass is over; ``g_i = scale * h_i``."""
         self._scale = scale
         self.detach()
+        covered = {id(parameter) for parameter in self.wanted.parameters if self._is_covered(parameter)}
+        # A parameter must be covered in every micro-batch, or it belongs to none.
+        if self._covered is not None and covered != self._covered:
+            self._sums = None if self._sums is None else self._sums + self._sums.spoiled()
+        self._covered = covered
+        device = self.wanted.parameters[0].device
+        per_example = torch.zeros(self._batch, len(self.wanted.group_names), device=device)
+        for parameter, group in self._kept():
+            norms = self._norms.get(id(parameter))
+            if norms is None:
+                norms = weighted(self._grads[id(parameter)], parameter, self.metric).flatten(1).square().sum(1)
+            per_example[:, group] += norms
+        sums = ChunkSums.of([1] * self._batch, per_example * scale**2)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._coverage = self._find_coverage()
+        if not (self.extras.inner or self.extras.coordinate):
+            self._norms, self._grads = {}, {}
+
+    def _kept(self) -> list[tuple[nn.Parameter, int]]:
+        pairs = zip(self.wanted.parameters, self.wanted.groups, strict=True)
+        return [(parameter, group) for parameter, group in pairs if id(parameter) in (self._covered or ())]
 
     def coverage(self) -> Coverage:
         """What the last record covers; everything, before there is one."""
@@ -227,40 +255,46 @@ class PerExampleMeter:
         known = (key in self._norms) != (key in self._grads)
         return known and self._uses[key] > 0 and key not in self._by_hand
 
-    def close(self, scale: float | Tensor = 1.0) -> GradientRecord:
-        """The record over what is covered, from ``.grad`` with ``g = scale * .grad``."""
-        kept = [parameter for parameter in self.wanted.parameters if self._is_covered(parameter)]
-        indices = [self._index[id(parameter)] for parameter in kept]
+    def close(self, ranks: Ranks | None = None, scale: float | Tensor = 1.0) -> GradientRecord:
+        """The record over what is covered, from ``.grad`` with ``g = scale * .grad``.
+
+        Args:
+            ranks: How to join with the other processes.
+            scale: As it says; ``.grad`` is accumulated, averaged over ranks, unscaled, not yet clipped.
+        """
+        kept = self._kept()
+        sums = self._sums
+        if sums is None or not kept:
+            raise RuntimeError("PerExampleMeter.close() comes after end_chunk(), and something must be covered")
+        single = int(self.extras.inner or self.extras.coordinate)
+        if single:
+            inner, coordinate = self._extras(kept, scale)
+            sums = replace(sums, inner_sq=inner.square().sum())
+        if ranks is not None:
+            sums = ranks.join(sums)
         covered = replace(
             self.wanted,
-            names=tuple(self.wanted.names[i] for i in indices),
-            parameters=tuple(kept),
-            groups=tuple(self.wanted.groups[i] for i in indices),
+            names=("",) * len(kept),
+            parameters=tuple(parameter for parameter, _ in kept),
+            groups=tuple(group for _, group in kept),
         )
-        per_example = torch.zeros(self._batch, len(self.wanted.group_names), device=kept[0].device)
-        inner = torch.zeros(self._batch, device=kept[0].device) if self.extras.inner else None
+        mean_sq = covered.gradient_squares(self.metric) * scale**2
+        self._norms, self._grads = {}, {}
+        return sums.close(mean_sq, coordinate=coordinate if single else None)
+
+    def _extras(self, kept: list[tuple[nn.Parameter, int]], scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """``g_i . g`` of each example, and the quantile of ``V_j / g_j^2``."""
+        inner = torch.zeros(self._batch, device=kept[0][0].device)
+        count = torch.tensor(float(self._batch), device=inner.device)
         ratios = []
-        for parameter, group in zip(kept, covered.groups, strict=True):
-            if id(parameter) in self._norms:
-                per_example[:, group] += self._norms[id(parameter)]
-                continue
-            grads = weighted(self._grads[id(parameter)], parameter, self.metric).flatten(1)
-            per_example[:, group] += grads.square().sum(1)
+        for parameter, _ in kept:
             if parameter.grad is None:
                 continue
+            grads = weighted(self._grads[id(parameter)], parameter, self.metric).flatten(1) * self._scale
             final = weighted(parameter.grad, parameter, self.metric).reshape(-1) * scale
-            if inner is not None:
-                inner += grads @ final * self._scale
-            if self.extras.coordinate:
-                count = torch.tensor(float(self._batch), device=final.device)
-                total = grads.square().sum(0) * self._scale**2
-                ratios.append(coordinate_ratio(total, final.square(), count, count))
-        sums = ChunkSums.of([1] * self._batch, per_example * self._scale**2, inner)
-        coordinate = upper_quantile(torch.cat(ratios), self.extras.quantile) if ratios else None
-        mean_sq = covered.gradient_squares(self.metric) * scale**2
-        self._coverage = self._find_coverage()
-        self._norms, self._grads = {}, {}
-        return sums.close(mean_sq, coordinate=coordinate)
+            inner += grads @ final
+            ratios.append(coordinate_ratio(grads.square().sum(0), final.square(), count, count))
+        return inner, upper_quantile(torch.cat(ratios), self.extras.quantile)
 
 
 def _unaccounted(loss: Tensor, uses: Counter[int]) -> dict[int, int]:

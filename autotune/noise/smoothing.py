@@ -59,9 +59,7 @@ class NoiseState:
             StateError: Keys are missing or unknown.
         """
         if set(state) != set(cls.__dataclass_fields__):
-            raise StateError(
-                f"a noise state has the keys {sorted(cls.__dataclass_fields__)}; got {sorted(state)}"
-            )
+            raise StateError(f"a noise state has the keys {sorted(cls.__dataclass_fields__)}; got {sorted(state)}")
         return cls(**state)  # type: ignore[arg-type]
 
 

@@ -84,6 +84,10 @@ class ChunkSums:
             self.inner_sq + other.inner_sq,
         )
 
+    def spoiled(self) -> ChunkSums:
+        """The same with nothing known in it: whatever it is added to is left out by its reader."""
+        return replace(self, chunk_sq=torch.full_like(self.chunk_sq, torch.nan))
+
     def pack(self) -> Tensor:
         """One flat vector, shape (3 + G,), so that ranks can be joined by a single sum."""
         return torch.cat([torch.stack([self.examples, self.chunks, self.inner_sq]), self.chunk_sq])

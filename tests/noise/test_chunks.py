@@ -63,9 +63,7 @@ def test_a_window_weighted_by_chunks_is_still_unbiased():
     for _ in range(4000):
         chunks = torch.stack([1 + spread * torch.randn(p, dtype=torch.double) / s**0.5 for s in SIZES])
         mean = torch.einsum("m,mp->p", torch.tensor(weights, dtype=torch.double), chunks)
-        record = ChunkSums.of(SIZES, chunks.square().sum(1)).close(
-            mean.square().sum(), kish_effective(weights, SIZES)
-        )
+        record = ChunkSums.of(SIZES, chunks.square().sum(1)).close(mean.square().sum(), kish_effective(weights, SIZES))
         found.append([float(record.variance()), float(record.signal())])
     values = torch.tensor(found)
     truth = torch.tensor([spread**2 * p, 1.0 * p])
@@ -84,9 +82,7 @@ def test_inner_products_and_coordinates_equal_the_definition():
     total = chunked_variance(rows, sizes)
     along = 7 * float((means @ mean).var()) / float(mean.square().sum())
     assert float(record.orthogonal_variance()) == pytest.approx(total - along, rel=1e-4)
-    assert float(record.coordinate) == pytest.approx(
-        float((7 * means.var(0) / mean.square()).max()), rel=1e-2
-    )
+    assert float(record.coordinate) == pytest.approx(float((7 * means.var(0) / mean.square()).max()), rel=1e-2)
 
 
 def test_adam_metric_is_the_optimizers_own():
@@ -102,13 +98,9 @@ def test_adam_metric_is_the_optimizers_own():
     sizes = [7, 7, 7]
     record = window(model, x, y, [1 / 3] * 3, metric=metric, sizes=sizes).close()
     flat = torch.cat([metric[p].reshape(-1) for p in model.parameters()]).double()
-    expected = [
-        (state[p]["exp_avg_sq"] / (1 - 0.999**3)).sqrt().add(1e-3).reciprocal() for p in model.parameters()
-    ]
+    expected = [(state[p]["exp_avg_sq"] / (1 - 0.999**3)).sqrt().add(1e-3).reciprocal() for p in model.parameters()]
     assert torch.allclose(flat, torch.cat([e.reshape(-1) for e in expected]).double(), rtol=1e-5)
-    assert float(record.variance()) == pytest.approx(
-        chunked_variance(rows_of(model, x, y) * flat, sizes), rel=1e-5
-    )
+    assert float(record.variance()) == pytest.approx(chunked_variance(rows_of(model, x, y) * flat, sizes), rel=1e-5)
 
 
 def test_two_consecutive_updates_at_frozen_weights_are_two_chunks():

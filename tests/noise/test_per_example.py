@@ -96,12 +96,13 @@ CASES = {
 def measure(model, x, y, reduction="mean", extras=None, by_module=False, metric=None):
     parameters = ParameterSet.of(model, by_module=by_module)
     meter = PerExampleMeter(model, parameters, extras)
+    meter.begin()
     meter.attach()
     loss = F.cross_entropy(model(x), y, reduction=reduction)
     meter.arm(len(x), loss, metric)
     loss.backward()
     meter.end_chunk(len(x) if reduction == "mean" else 1.0)
-    record = meter.close(1.0 if reduction == "mean" else 1.0 / len(x))
+    record = meter.close(scale=1.0 if reduction == "mean" else 1.0 / len(x))
     return record, meter
 
 
@@ -254,9 +255,24 @@ def test_passes_that_nobody_armed_leave_nothing():
 
 def test_transposed_inputs_do_not_fool_the_layers():
     torch.manual_seed(9)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), Transpose(), nn.Linear(4, 5), nn.Tanh(), Pool(), nn.Linear(5, 3)
-    )
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), Transpose(), nn.Linear(4, 5), nn.Tanh(), Pool(), nn.Linear(5, 3))
     x, y = torch.randn(N, 2, 6, 6), torch.randint(3, (N,))
     record, _ = measure(model, x, y)
+    assert float(record.variance()) == pytest.approx(variance(twin(model, x, y)), rel=1e-5)
+
+
+def test_a_window_of_several_micro_batches_is_one_record():
+    torch.manual_seed(10)
+    model, x = CASES["conv2d, groups"]()
+    y = torch.randint(3, (N,))
+    meter = PerExampleMeter(model, ParameterSet.of(model))
+    meter.begin()
+    for part in (slice(0, 5), slice(5, 9)):
+        size = len(x[part])
+        meter.attach()
+        loss = F.cross_entropy(model(x[part]), y[part]) * size / N
+        meter.arm(size, loss)
+        loss.backward()
+        meter.end_chunk(float(N))
+    record = meter.close()
     assert float(record.variance()) == pytest.approx(variance(twin(model, x, y)), rel=1e-5)

@@ -25,9 +25,7 @@ def rows(seed=0, n=24, p=7):
 def test_closed_forms():
     g = rows()
     assert float(record_of(g, [1] * 24).variance()) == pytest.approx(variance(g), rel=1e-12)
-    assert float(record_of(g, [5, 8, 8, 3]).variance()) == pytest.approx(
-        chunked_variance(g, [5, 8, 8, 3]), rel=1e-12
-    )
+    assert float(record_of(g, [5, 8, 8, 3]).variance()) == pytest.approx(chunked_variance(g, [5, 8, 8, 3]), rel=1e-12)
     record = record_of(g, [6] * 4)
     small = sum(float(g[i : i + 6].mean(0).square().sum()) for i in range(0, 24, 6)) / 4
     published = two_batch_estimate(small, float(g.mean(0).square().sum()), 6, 24)
@@ -54,9 +52,7 @@ def test_merging_is_the_record_of_the_joined_chunks_in_any_order():
     left = parts[0].merge(parts[1], joined(14)).merge(parts[2], joined(24))
     right = parts[0].merge(parts[1].merge(parts[2], g[8:].mean(0).square().sum()), joined(24))
     for merged in (left, right):
-        assert merged.pack().nan_to_num().tolist() == pytest.approx(
-            whole.pack().nan_to_num().tolist(), rel=1e-12
-        )
+        assert merged.pack().nan_to_num().tolist() == pytest.approx(whole.pack().nan_to_num().tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize("power", range(-60, 61, 20))
@@ -73,8 +69,7 @@ def test_scale_equivariance_over_many_orders_of_magnitude(power):
 def test_packing_is_lossless():
     record = record_of(rows(4), [6] * 4)
     assert (
-        GradientRecord.unpack(record.pack()).pack()[3:].nan_to_num().tolist()
-        == record.pack()[3:].nan_to_num().tolist()
+        GradientRecord.unpack(record.pack()).pack()[3:].nan_to_num().tolist() == record.pack()[3:].nan_to_num().tolist()
     )
 
 
@@ -108,9 +103,7 @@ def test_bad_configuration(bad):
         NoiseSmoother(**bad)
 
 
-@pytest.mark.parametrize(
-    ("freedom", "expected"), [(1, 3.0777), (2, 1.8856), (3, 1.6377), (12, 1.3562), (100, 1.2901)]
-)
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 3.0777), (2, 1.8856), (3, 1.6377), (12, 1.3562), (100, 1.2901)])
 def test_student_quantile_against_tables(freedom, expected):
     assert _student_quantile(0.9, freedom) == pytest.approx(expected, rel=0.01)
 
