@@ -24,7 +24,6 @@ not exist.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from autotune.errors import UnsupportedSetupError
 from autotune.noise import layers
+from autotune.noise.graph import unaccounted
 from autotune.noise.microbatch import Extras, coordinate_ratio, upper_quantile
 from autotune.noise.parameters import Metric, ParameterSet, weighted
 from autotune.noise.ranks import Ranks
@@ -204,7 +204,7 @@ class PerExampleMeter:
         self._norms, self._grads, self._uses = {}, {}, Counter()
         for call in self._pending.values():
             self._uses.update(id(parameter) for parameter in call.layer.parameters(False))
-        self._by_hand = {} if loss is None else _unaccounted(loss, self._uses)
+        self._by_hand = {} if loss is None else unaccounted(loss, self._uses)
 
     def end_chunk(self, scale: float | Tensor) -> None:
         """The backward pass is over; ``g_i = scale * h_i``."""
@@ -295,26 +295,3 @@ class PerExampleMeter:
             inner += grads @ final
             ratios.append(coordinate_ratio(grads.square().sum(0), final.square(), count, count))
         return inner, upper_quantile(torch.cat(ratios), self.extras.quantile)
-
-
-def _unaccounted(loss: Tensor, uses: Counter[int]) -> dict[int, int]:
-    """Parameters that the graph of ``loss`` reaches more often than their layers' calls explain."""
-    edges: Counter[int] = Counter()
-    for node in _nodes(loss):
-        for following, _ in node.next_functions:
-            variable = getattr(following, "variable", None)
-            if variable is not None:
-                edges[id(variable)] += 1
-    return {key: count for key, count in edges.items() if count > uses[key] > 0}
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    seen: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(following for following, _ in node.next_functions)
