@@ -314,8 +314,8 @@ class AdaptiveBatchSize(Callback):
         self._align(trainer, self._loader.ready(trainer))
         self._state = self._controller.undone(self._state, self._split.examples, trainer.global_step)
         reason = (
-            f"the loss went from {losses['loss_before']:.4g} to {losses['loss_after']:.4g} after the batch had grown to "
-            f"{grown.examples}: weights, optimizer and batch go back, and it stays at {self._split.examples}"
+            f"the loss went from {losses['loss_before']:.4g} to {losses['loss_after']:.4g} after the batch had grown "
+            f"to {grown.examples}: weights, optimizer and batch go back, and it stays at {self._split.examples}"
         )
         numbers = {"batch": self._split.examples, "batch_before": grown.examples, **losses}
         self._decide(trainer, "batch", "undo_growth", reason, numbers)

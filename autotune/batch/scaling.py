@@ -42,7 +42,7 @@ def gain(rule: Scaling, growth: float, noise_scale: float, batch: float) -> floa
             known (the gain is the cautious ``sqrt(k)``).
         batch: ``B`` in examples.
 
-    >>> gain("adascale", 4, noise_scale=0.0, batch=32), gain("adascale", 4, math.inf, 32)
+    >>> gain("adascale", 4, noise_scale=0.0, batch=32), gain("adascale", 4.0, math.inf, 32)
     (1.0, 4.0)
     """
     if rule == "linear":

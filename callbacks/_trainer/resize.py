@@ -137,7 +137,7 @@ class ResizableLoader:
     def sync(self, trainer: Any) -> None:
         """Brings the loop's lengths up to date with the sampler."""
         sampler, fit_loop = self.sampler, trainer.fit_loop
-        inside = 0 < sampler.emitted
+        inside = sampler.emitted > 0
         total = sampler.epoch_batches() if inside else len(sampler)
         fit_loop.max_batches = total
         fit_loop._combined_loader.limits = [math.inf]
