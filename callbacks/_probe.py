@@ -72,7 +72,7 @@ class ProbeSet:
             combined = self._trainer.fit_loop._combined_loader
             training = second_loader(combined, self._seed + 7919, combined.limits)
             limits = [self._trainer.num_training_batches]
-            opened = [batch for batch in [_batches(training)]]
+            opened = [_batches(training)]
         allowed = 3.0 * steps * self._update_examples / len(opened)
         return [self._take(source, allowed, limit) for source, limit in zip(opened, limits, strict=True)]
 
@@ -106,6 +106,10 @@ class ProbeSet:
             self._switch_to_training()
         losses = loop.training_losses(batch for part in self._parts for batch in part)
         return Probe(math.fsum(losses) / len(losses) if losses else math.nan, tuple(losses))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was resolved, for the record."""
+        return {"monitor": self.monitor, "why": self.why}
 
     def _resolve(self, logged: list[str]) -> None:
         self._resolved = True
