@@ -64,6 +64,12 @@ class GradientNoiseMonitor(Callback):
         self._batch: Any = None
 
     @property
+    def state_key(self) -> str:
+        """Two monitors of different kinds may watch one run."""
+        meter = self._meter
+        return self._generate_state_key(source=meter.source, preconditioned=meter.preconditioned)
+
+    @property
     def estimate(self) -> NoiseEstimate:
         """Everything known now."""
         self._read()

@@ -67,7 +67,7 @@ class LoopMeter:
         self.source = source
         self.extras = extras or Extras()
         self._summed = loss_reduction == "sum"
-        self._preconditioned = preconditioned
+        self.preconditioned = preconditioned
         self._by_module = by_module
         self._chunks: ChunkMeter | None = None
         self._examples: PerExampleMeter | None = None
@@ -170,7 +170,7 @@ class LoopMeter:
             )
 
     def _metric(self, trainer: Any) -> Metric | None:
-        return adam_metric(trainer.optimizers[0]) if self._preconditioned else None
+        return adam_metric(trainer.optimizers[0]) if self.preconditioned else None
 
     def before_backward(self, trainer: Any, loss: Tensor, batch: Any) -> None:
         """Between a micro-batch's forward and backward pass."""

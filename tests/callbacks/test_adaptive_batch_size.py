@@ -103,7 +103,9 @@ def test_validation_across_epochs_keeps_its_cadence(tmp_path):
     _, plain, _ = fit(tmp_path, AdaptiveBatchSize(max_batch_size=1), **options)
     _, grown, _ = fit(tmp_path, **options)
     assert [at for _, at in plain.validated_at] == [160, 320]
-    assert [0 <= a - b < 16 for (_, a), (_, b) in zip(grown.validated_at, plain.validated_at, strict=True)] == [True] * 2
+    assert [0 <= a - b < 16 for (_, a), (_, b) in zip(grown.validated_at, plain.validated_at, strict=True)] == [
+        True
+    ] * 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
