@@ -1,4 +1,4 @@
-"""Watches a growth step: when the loss explodes after it, weights and optimizer go back to where it began."""
+"""What goes with a growth step: the learning rate, and the way back when the loss explodes after it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotune.callbacks._trainer.rates import current_rates, set_rates
+from autotune.callbacks._trainer.rates import ScaledSteps, current_rates, set_rates
 from autotune.noise.ranks import Ranks
 from autotune.snapshot import OptimizerState, Snapshot, Weights
 
@@ -93,3 +93,70 @@ class Watch:
         set_rates(self._optimizer, rates)
         self._snapshot = None
         self._losses.clear()
+
+
+def auto_lrs(trainer: Any) -> Any:
+    """The run's ``AutoLRS``, or None."""
+    found = (item for item in trainer.callbacks if any(cls.__name__ == "AutoLRS" for cls in type(item).__mro__))
+    return next(found, None)
+
+
+#: Growth since the last search of a learning rate after which another is asked for.
+SEARCH_AGAIN = 4.0
+
+
+class Rates:
+    """Scales the learning rate with the batch: through ``AutoLRS`` where it drives the rate, else around each step."""
+
+    def __init__(self) -> None:
+        self.multiplier = 1.0
+        self._steps: ScaledSteps | None = None
+        self._auto: Any = None
+        self._searches = 0
+        self._searched_at = 0
+        self._batch = 0
+
+    def attach(self, trainer: Any, batch: int) -> None:
+        """Finds out who drives the rate; ``batch`` is the global batch at the start."""
+        self._auto = auto_lrs(trainer)
+        self._searched_at = self._batch = batch
+        if self._auto is None:
+            self._steps = ScaledSteps(trainer.optimizers[0])
+
+    def detach(self) -> None:
+        """Takes the hooks off the optimizer."""
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+
+    def scale(self, factor: float) -> None:
+        """Multiplies the rate from the next update on."""
+        self.multiplier *= factor
+        if self._steps is not None:
+            self._steps.multiplier = self.multiplier
+        elif self._auto is not None:
+            self._auto.rescale(factor)
+
+    def grown(self, batch: int) -> None:
+        """Asks for a search once the batch is four times that of the last one."""
+        if self._auto is None:
+            return
+        searches = sum(decision.kind == "search" for decision in self._auto.decisions)
+        if searches != self._searches:
+            # A search since the last growth has found the rate of the batch as it was then.
+            self._searches, self._searched_at = searches, self._searched_at if searches == 1 else self._batch
+        if batch >= SEARCH_AGAIN * self._searched_at:
+            self._auto.request_search(f"the batch has grown from {self._searched_at} to {batch} examples")
+            self._searched_at = batch
+        self._batch = batch
+
+    def state_dict(self) -> dict[str, float]:
+        """Primitives."""
+        return {"multiplier": self.multiplier, "searches": self._searches, "searched_at": self._searched_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; ``AutoLRS`` restores its own rate."""
+        self.multiplier = state["multiplier"]
+        self._searches, self._searched_at = state["searches"], state["searched_at"]
+        if self._steps is not None:
+            self._steps.multiplier = self.multiplier

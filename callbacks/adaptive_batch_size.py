@@ -13,14 +13,13 @@ from autotune.batch.controller import BatchController, BatchState, Target
 from autotune.batch.plan import Split, plan
 from autotune.batch.rules import Rule, Tolerances
 from autotune.batch.scaling import SCALINGS, Scaling, gain, rule_for, scale_group_betas
-from autotune.callbacks._growth import Watch
+from autotune.callbacks._growth import Rates, Watch, auto_lrs
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.accumulation import Windows
-from autotune.callbacks._trainer.facts import inform, window_end, window_start
+from autotune.callbacks._trainer.facts import inform, window_end
 from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.measure import LoopMeter
 from autotune.callbacks._trainer.memory import forget_peak, micro_limit
-from autotune.callbacks._trainer.rates import ScaledSteps
 from autotune.callbacks._trainer.resize import ResizableLoader
 from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
@@ -99,7 +98,7 @@ class AdaptiveBatchSize(Callback):
         self._record: Tensor | None = None
         self._batch: Any = None
         self._micro_limit: int | None = None
-        self._steps: ScaledSteps | None = None
+        self._rates = Rates()
         self._watch = Watch()
         self._loader = ResizableLoader()
         self._windows = Windows(self._sizes, self._short)
@@ -107,8 +106,9 @@ class AdaptiveBatchSize(Callback):
         self._rule: Scaling = "none"
         self._effective = 0
         self._gain = 1.0
-        self._before = (self._split, 1.0)
+        self._before = self._split
         self._memory: tuple[int, int] | None = None
+        self._announce = False
         self._resumed: dict[str, Any] | None = None
         self._trainer: weakref.ref[Trainer] | None = None
 
@@ -131,7 +131,9 @@ class AdaptiveBatchSize(Callback):
         refuse_optimizers(trainer, self)
         saved, self._saved = self._saved, None
         self._reset()
-        self.decisions = []
+        self.decisions = [] if saved is None else [Decision.from_dict(record) for record in saved["decisions"]]
+        # All controllers hand their history over before the first of them opens the file.
+        RunLog.of(trainer).restore(self.decisions)
         self._resumed = saved
         self._trainer = weakref.ref(trainer)
         self._loader.attach(trainer, None if saved is None else saved["loader"])
@@ -144,7 +146,7 @@ class AdaptiveBatchSize(Callback):
         self._loader.start(trainer)
         sampler, ranks = self._loader.sampler, trainer.world_size
         self._rule = rule_for(trainer.optimizers[0]) if self.lr_scaling == "auto" else self.lr_scaling
-        self._steps = ScaledSteps(trainer.optimizers[0])
+        self._rates.attach(trainer, sampler.batch_size * trainer.accumulate_grad_batches * ranks)
         self._split = Split(sampler.batch_size, trainer.accumulate_grad_batches, ranks)
         ceiling = self.max_batch_size
         if ceiling is None:
@@ -169,14 +171,12 @@ class AdaptiveBatchSize(Callback):
         )
 
     def _go_on(self, trainer: Trainer, saved: dict[str, Any]) -> None:
-        assert self._steps is not None
-        self.decisions = [Decision.from_dict(record) for record in saved["decisions"]]
         self._noise = NoiseState.from_state_dict(saved["noise"])
         self._state = BatchState.from_state_dict(saved["batch"])
         self._split = Split(*saved["split"])
         self._next = None if saved["next"] is None else Split(*saved["next"])
         self._effective, self._gain = saved["effective"], saved["gain"]
-        self._steps.multiplier = saved["multiplier"]
+        self._rates.load_state_dict(saved["rates"])
         self._windows.piece_limit = saved["piece_limit"]
         trainer.accumulate_grad_batches = self._split.accumulate
         if saved["position"] is not None and self._owns_position(trainer):
@@ -185,33 +185,37 @@ class AdaptiveBatchSize(Callback):
 
     def _owns_position(self, trainer: Trainer) -> bool:
         # One callback restores the data's position; AutoLRS does, where it is present.
-        return not any(type(callback).__name__ == "AutoLRS" for callback in trainer.callbacks)
+        return auto_lrs(trainer) is None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lengths follow the size; an epoch's first batch opens a window of any length."""
+        RunLog.of(trainer).open()
+        if self._announce and self._state is not None:
+            self._announce = False
+            self._decide(
+                trainer, "setup", "set_batch", self._plan_in_words(trainer), {"max_batch": self._state.ceiling}
+            )
         self._loader.epoch_start(trainer)
         if self._owns_position(trainer):
             self._position.epoch_start(trainer)
         self._align(trainer, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A larger batch takes effect at the window that is made of it."""
+        """Decides whether this window is measured."""
         self._batch = batch
-        if window_start(trainer, batch_idx) and self._next is not None and trainer.global_step >= self._effective:
-            self._take_effect(trainer, pl_module)
         self._meter.batch_start(trainer, batch_idx, lambda: trainer.global_step % self.every_n_steps == 0)
 
     def _take_effect(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._next is not None
         assert self._state is not None
-        assert self._steps is not None
         optimizer = trainer.optimizers[0]
-        self._before = (self._split, self._steps.multiplier)
+        self._before = self._split
         growth = self._next.examples / self._split.examples
         self._watch.begin(module, optimizer)
         self._split, self._next = self._next, None
         self._state = self._controller.grown(self._state, self._split.examples, trainer.global_step)
-        self._steps.multiplier *= self._gain
+        self._rates.scale(self._gain)
+        self._rates.grown(self._split.examples)
         if self.scale_betas:
             scale_group_betas(optimizer, growth)
         forget_peak(trainer)
@@ -242,6 +246,9 @@ class AdaptiveBatchSize(Callback):
             if self._watch.update_done(Ranks.here() if trainer.world_size > 1 else None):
                 self._undo(trainer)
             self._look(trainer)
+            # Before the next window's batch_start hooks: who sets the rate there already sees the scaled one.
+            if self._next is not None and trainer.global_step >= self._effective:
+                self._take_effect(trainer, pl_module)
         self._loader.batch_end(trainer)
         self._report_memory(trainer)
 
@@ -267,7 +274,6 @@ class AdaptiveBatchSize(Callback):
 
     def _grow(self, trainer: Trainer, target: Target, noise_scale: float) -> None:
         assert self._state is not None
-        assert self._steps is not None
         limit = micro_limit(trainer, self._split.micro, self._windows.piece_limit)
         split = plan(target.batch, self._split, limit, self._state.ceiling)
         if split.examples <= self._split.examples:
@@ -281,7 +287,7 @@ class AdaptiveBatchSize(Callback):
             "micro": split.micro,
             "accumulate": split.accumulate,
             "lr_gain": self._gain,
-            "lr_multiplier": self._steps.multiplier * self._gain,
+            "lr_multiplier": self._rates.multiplier * self._gain,
             **target.numbers,
         }
         self._decide(trainer, "batch", "grow", target.reason, numbers, self._effective)
@@ -304,10 +310,10 @@ class AdaptiveBatchSize(Callback):
 
     def _undo(self, trainer: Trainer) -> None:
         assert self._state is not None
-        assert self._steps is not None
         losses = self._watch.losses
         self._watch.undo()
-        grown, (self._split, self._steps.multiplier) = self._split, self._before
+        self._rates.scale(1.0 / self._gain)
+        grown, self._split = self._split, self._before
         self._next = None
         if grown.micro != self._split.micro:
             self._loader.resize(trainer, self._split.micro)
@@ -351,18 +357,17 @@ class AdaptiveBatchSize(Callback):
         self._windows.detach(trainer)
         self._loader.detach(trainer)
         self._position.detach(trainer)
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
+        self._rates.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves nothing of ours on the trainer."""
         self._leave(trainer)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves nothing of ours on the trainer."""
-        self._leave(trainer)
-        RunLog.end(trainer)
+        if stage == "fit":
+            self._leave(trainer)
+            RunLog.end(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that evolves, as primitives and tensors; empty before training has begun."""
@@ -376,7 +381,7 @@ class AdaptiveBatchSize(Callback):
             "next": None if self._next is None else list(astuple(self._next)),
             "effective": self._effective,
             "gain": self._gain,
-            "multiplier": 1.0 if self._steps is None else self._steps.multiplier,
+            "rates": self._rates.state_dict(),
             "piece_limit": self._windows.piece_limit,
             "loader": self._loader.state_dict(trainer),
             "position": self._position.state_dict(trainer) if self._owns_position(trainer) else None,

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
@@ -11,8 +9,9 @@ from autotune.errors import ConfigurationError, StateError
 def run(sampler, resizes, n_batches=None):
     """Iterates, resizing before the batches named; returns batches and the lengths seen on the way."""
     batches, lengths = [], []
-    iterator = iter(sampler)
-    for position in itertools.count():
+    iterator, position = iter(sampler), -1
+    while True:
+        position += 1
         if position in resizes:
             sampler.resize(resizes[position])
         lengths.append(sampler.epoch_batches())

@@ -1,4 +1,5 @@
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -53,12 +54,13 @@ def test_converges_on_a_quadratic_from_any_rate():
         optimizer = AdaGradNorm([p], lr=lr)
         for _ in range(3000):
             optimizer.zero_grad()
-            loss = optimizer.step(lambda: _backward((p.square() * torch.tensor([1.0, 5.0])).sum(), p))
+            loss = optimizer.step(partial(_quadratic, p))
         assert loss.item() < 1e-3
 
 
-def _backward(loss, p):
+def _quadratic(p):
     p.grad = None
+    loss = (p.square() * torch.tensor([1.0, 5.0])).sum()
     loss.backward()
     return loss
 
