@@ -137,7 +137,8 @@ class AdaptiveBatchSize(Callback):
         self._resumed = saved
         self._trainer = weakref.ref(trainer)
         self._loader.attach(trainer, None if saved is None else saved["loader"])
-        self._position.attach(trainer)
+        if self._owns_position(trainer):
+            self._position.attach(trainer)
         self._windows.attach(trainer)
         self._meter.start(trainer, pl_module)
 
@@ -356,7 +357,8 @@ class AdaptiveBatchSize(Callback):
         self._meter.stop()
         self._windows.detach(trainer)
         self._loader.detach(trainer)
-        self._position.detach(trainer)
+        if self._owns_position(trainer):
+            self._position.detach(trainer)
         self._rates.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -47,6 +47,8 @@ class ResizableBatchSampler(BatchSampler):
                 "give it __len__"
             )
         self.limit_examples: int | None = None
+        #: Updates an epoch that the run was planned with, before any growth; None until it has grown.
+        self.planned_updates: int | None = None
         self._schedule: list[list[int]] = []
         self._replay: list[list[int]] = []
         self._emitted = 0

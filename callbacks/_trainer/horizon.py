@@ -47,8 +47,12 @@ def batch_examples(trainer: Any) -> int:
 
 
 def updates_an_epoch(trainer: Any) -> float:
-    """Optimizer updates in one epoch; infinite where the loader has no length."""
+    """Optimizer updates in one epoch, as first planned; infinite where the loader has no length."""
     batches = trainer.num_training_batches
+    sampler = _resizable(trainer)
+    if sampler is not None and sampler.planned_updates is not None:
+        # A run is planned, and budgeted, once: resuming after growth must not plan it anew.
+        return sampler.planned_updates
     return math.inf if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 

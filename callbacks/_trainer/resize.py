@@ -82,10 +82,12 @@ class ResizableLoader:
             self.first_size = self._saved["first_size"]
             sampler.load_state_dict(self._saved["sampler"])
             self._resized = self._saved["resized"]
+            sampler.planned_updates = self._saved["planned_updates"]
         elif before is not None:
             # Reloaded every n epochs: the new loader goes on at the grown size.
             sampler.resize(before.batch_size)
             sampler.limit_examples = before.limit_examples
+            sampler.planned_updates = before.planned_updates
         clone: Any = copy.copy(loader)
         vars(clone).update(batch_sampler=sampler, batch_size=sampler.batch_size, _iterator=None)
         self._sampler, self._loader = sampler, clone
@@ -109,6 +111,7 @@ class ResizableLoader:
             if batches < len(sampler):
                 sampler.limit_examples = batches * self.first_size
             self.first_batches = batches
+            sampler.planned_updates = -(-batches // int(trainer.accumulate_grad_batches))
         else:
             self.first_batches = self._saved["first_batches"]
             self._units = self._saved["units"]
@@ -198,6 +201,7 @@ class ResizableLoader:
             "sampler": self.sampler.state_dict(self.ready(trainer)),
             "first_size": self.first_size,
             "first_batches": self.first_batches,
+            "planned_updates": self.sampler.planned_updates,
             "units": self._units,
             "resized": self._resized,
             "due": bool(self._due),
