@@ -207,9 +207,8 @@ def main(arguments=None):
     workload = WORKLOADS[args.workload]()
     workload["epochs"] = args.epochs or workload["epochs"]
     rows, traces = defaultdict(list), {}
-    print(
-        f"{'':36s}{'updates':>9s}{'seconds':>9s}{'loss':>9s}   {len(workload['train']) * workload['epochs']} examples each"
-    )
+    seen = len(workload["train"]) * workload["epochs"]
+    print(f"{'':36s}{'updates':>9s}{'seconds':>9s}{'loss':>9s}   {seen} examples each")
     for name, (batch, lr, make) in contenders(workload, args.sweep).items():
         for seed in args.seeds:
             result, trace = run(workload, seed, batch=batch, lr=lr, controller=make() if make else None)

@@ -75,7 +75,7 @@ class AdaGradNorm(Optimizer):
         self.state[first]["square"] = state_dict["state"][0]["square"].detach().clone().to(first.device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; ``closure`` is evaluated with gradients, as in every torch optimizer."""
         loss = None
         if closure is not None:
