@@ -1,5 +1,7 @@
 """The Lightning callbacks. Shipped as ``autotune.callbacks``; never import this folder as ``callbacks``."""
 
+from autotune.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from autotune.callbacks.auto_lrs import AutoLRS
+from autotune.callbacks.gradient_noise import GradientNoiseMonitor
 
-__all__ = ["AutoLRS"]
+__all__ = ["AdaptiveBatchSize", "AutoLRS", "GradientNoiseMonitor"]
