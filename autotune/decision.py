@@ -98,9 +98,7 @@ class Decision:
         }
         for key, kind in wanted.items():
             if not isinstance(record.get(key), kind):
-                raise LogFormatError(
-                    f"a decision's {key!r} is missing or has a wrong type: {record.get(key)!r}"
-                )
+                raise LogFormatError(f"a decision's {key!r} is missing or has a wrong type: {record.get(key)!r}")
         return cls(**{key: _revived(record[key]) if key == "numbers" else record[key] for key in wanted})
 
 

@@ -1,0 +1,219 @@
+"""Saving and putting back plain Python state: counters, queues, dictionaries, random generators.
+
+A trial may change anything a user keeps on a module: a step counter, a queue of embeddings, a running mean
+in a dictionary. :func:`save` walks a value and returns a function that puts it back *in place*, so that
+whoever else holds the same list or tensor sees the old content again. What it does not know (an arbitrary
+object) is kept by reference: the container gets the same object back, the object's inside is its owner's
+affair.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Puts one value back and returns it.
+Restore = Callable[[], Any]
+
+_RANDOM = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def save(value: Any, memo: dict[int, Restore] | None = None) -> Restore:
+    """Remembers ``value``'s content.
+
+    Args:
+        value: Tensors, arrays, lists, deques, dictionaries, sets, tuples and random generators are remembered
+            by content, nested to any depth; anything else by reference.
+        memo: Values already seen, by ``id``: shared and cyclic structure is kept.
+
+    Returns:
+        A function that restores the content in place and returns the very object that was saved.
+
+    >>> queue = [1, [2]]
+    >>> put_back = save(queue)
+    >>> queue[1].append(3); queue.append(4)
+    >>> put_back() is queue, queue
+    (True, [1, [2]])
+    """
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return lambda: value
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)]
+    memo[id(value)] = lambda: value  # a cycle meets the object itself, whose content is being put back already
+    memo[id(value)] = restore = _save_mutable(value, memo)
+    return restore
+
+
+def _save_mutable(value: Any, memo: dict[int, Restore]) -> Restore:
+    if isinstance(value, Tensor):
+        return _save_tensor(value)
+    if isinstance(value, np.ndarray):
+        return _save_array(value)
+    if isinstance(value, (list, deque)):
+        return _save_sequence(value, memo)
+    if isinstance(value, dict):
+        return _save_dict(value, memo)
+    if isinstance(value, set):
+        return _save_set(value)
+    if isinstance(value, tuple):
+        return _save_tuple(value, memo)
+    if isinstance(value, _RANDOM):
+        return _save_generator(value)
+    return lambda: value
+
+
+def _save_tensor(tensor: Tensor) -> Restore:
+    content = tensor.detach().clone()
+
+    def restore() -> Tensor:
+        if tensor.is_inference():  # may not be written outside inference mode
+            return content.clone()
+        with torch.no_grad():
+            tensor.detach().copy_(content)
+        return tensor
+
+    return restore
+
+
+def _save_array(array: np.ndarray[Any, Any]) -> Restore:
+    content = array.copy()
+
+    def restore() -> np.ndarray[Any, Any]:
+        if array.flags.writeable:
+            np.copyto(array, content)
+        return array
+
+    return restore
+
+
+def _save_sequence(sequence: list[Any] | deque[Any], memo: dict[int, Restore]) -> Restore:
+    items = [save(item, memo) for item in sequence]
+
+    def restore() -> Any:
+        content = [item() for item in items]
+        sequence.clear()
+        sequence.extend(content)
+        return sequence
+
+    return restore
+
+
+def _save_dict(mapping: dict[Any, Any], memo: dict[int, Restore]) -> Restore:
+    items = {key: save(item, memo) for key, item in mapping.items()}
+
+    def restore() -> dict[Any, Any]:
+        content = {key: item() for key, item in items.items()}
+        mapping.clear()
+        mapping.update(content)
+        return mapping
+
+    return restore
+
+
+def _save_set(members: set[Any]) -> Restore:
+    content = set(members)
+
+    def restore() -> set[Any]:
+        members.clear()
+        members.update(content)
+        return members
+
+    return restore
+
+
+def _save_tuple(items: tuple[Any, ...], memo: dict[int, Restore]) -> Restore:
+    restores = [save(item, memo) for item in items]
+
+    def restore() -> tuple[Any, ...]:
+        for restore_item in restores:
+            restore_item()
+        return items
+
+    return restore
+
+
+def _save_generator(generator: Any) -> Restore:
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        put: Callable[[], Any] = lambda: generator.set_state(state)  # noqa: E731
+    elif isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        numpy_state = bits.state
+        put = lambda: setattr(bits, "state", numpy_state)  # noqa: E731
+    elif isinstance(generator, np.random.RandomState):
+        legacy_state = generator.get_state()
+        put = lambda: generator.set_state(legacy_state)  # noqa: E731
+    else:
+        python_state = generator.getstate()
+        put = lambda: generator.setstate(python_state)  # noqa: E731
+
+    def restore() -> Any:
+        put()
+        return generator
+
+    return restore
+
+
+class Attributes:
+    """The attributes of some objects: saved by :meth:`capture`, put back by :meth:`restore`.
+
+    Attributes that appeared since are removed, those that were rebound point to the saved object again.
+
+    Args:
+        objects: Whose ``__dict__`` to keep.
+        skip: Attribute names that are somebody else's affair.
+        largest: Containers and tensors with more elements are left alone (a data set's own storage is not
+            state that a trial changes, and copying it would cost its size); None keeps everything.
+    """
+
+    def __init__(
+        self, objects: Iterable[Any], *, skip: frozenset[str] = frozenset(), largest: int | None = None
+    ) -> None:
+        self._objects = [item for item in objects if hasattr(item, "__dict__")]
+        self._skip = skip
+        self._largest = largest
+        self._saved: list[tuple[dict[str, Any], dict[str, Restore]]] = []
+
+    def capture(self) -> None:
+        """Remembers every attribute as it is now."""
+        memo: dict[int, Restore] = {}
+        self._saved = [
+            (
+                vars(item),
+                {name: save(value, memo) for name, value in vars(item).items() if self._keeps(name, value)},
+            )
+            for item in self._objects
+        ]
+
+    def restore(self) -> None:
+        """Puts back what the last :meth:`capture` remembered."""
+        for attributes, restores in self._saved:
+            for name in [name for name, value in attributes.items() if name not in restores]:
+                if self._keeps(name, attributes[name]) and name not in self._skip:
+                    del attributes[name]
+            for name, restore in restores.items():
+                attributes[name] = restore()
+
+    def _keeps(self, name: str, value: Any) -> bool:
+        if name in self._skip:
+            return False
+        if self._largest is None:
+            return True
+        return _elements(value) <= self._largest
+
+
+def _elements(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, np.ndarray):
+        return int(value.size)
+    if isinstance(value, (list, dict, set, tuple, deque)):
+        return len(value)
+    return 1

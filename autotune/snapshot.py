@@ -1,0 +1,297 @@
+"""Capture and roll back everything a trial touches, in memory.
+
+Tensors go into preallocated buffers by one ``_foreach_copy_`` a group, so that a rollback costs a memory
+copy; the tensors themselves are never replaced, which is what keeps compiled modules, optimizers and sharded
+parameters whole. The copies are of *local* tensors: no state dict is built and nothing is gathered.
+
+What is kept: parameters and buffers (persistent or not, rebound ones too), ``requires_grad``, gradients, the
+optimizer's state and its groups' settings, random generators (torch, CUDA, numpy, random), attributes of
+every module (see :mod:`autotune.pystate`; torchmetrics objects keep their state there), and whatever is handed
+over as ``extras``. A module that keeps other state (an object of its own class, say) defines two methods:
+
+``on_trial_snapshot(self) -> Any``
+    returns a copy of that state;
+``on_trial_restore(self, saved) -> None``
+    puts such a copy back. It may be called several times with the same ``saved``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autotune.pystate import Attributes, Restore, save
+
+#: Attributes every ``nn.Module`` has, apart from its mode: hook tables and the tensor tables kept below.
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_OPTIMIZER_INTERNALS = frozenset({"state", "param_groups", "defaults"})
+
+
+class Part(Protocol):
+    """Something that can be remembered and put back."""
+
+    def capture(self) -> None:
+        """Remembers the present."""
+
+    def restore(self) -> None:
+        """Puts back what the last :meth:`capture` remembered; may be called again and again."""
+
+
+class TensorCopies:
+    """Copies of a list of tensors in buffers that are allocated once and used again."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+
+    def save(self, tensors: Iterable[Tensor]) -> None:
+        """Copies ``tensors``; buffers of earlier calls serve again where the layout is the same."""
+        self._tensors = [tensor.detach() for tensor in tensors]
+        spare = self._buffers
+        self._buffers = [
+            spare[index] if index < len(spare) and _same_layout(spare[index], tensor) else _buffer_for(tensor)
+            for index, tensor in enumerate(self._tensors)
+        ]
+        _copy(self._buffers, self._tensors)
+
+    def load(self) -> None:
+        """Writes the copies back into the tensors they were taken from."""
+        _copy(self._tensors, self._buffers)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The copies, in the order of the tensors."""
+        return self._buffers
+
+
+def _same_layout(buffer: Tensor, tensor: Tensor) -> bool:
+    return buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
+
+
+def _buffer_for(tensor: Tensor) -> Tensor:
+    try:
+        return torch.empty_like(tensor, requires_grad=False)
+    except torch.OutOfMemoryError:
+        # Device memory is short: pinned host memory keeps the copy asynchronous and the run alive.
+        return torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+class Weights:
+    """Parameters, buffers and ``requires_grad`` of a module; :attr:`Weights.copies` are name-ordered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._tables: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+        self._needs_grad: list[tuple[Tensor, bool]] = []
+        self.copies = TensorCopies()
+
+    def capture(self) -> None:
+        """Remembers the tensors and which object each name is bound to."""
+        tables = [table for module in self._module.modules() for table in (module._parameters, module._buffers)]
+        self._tables = [(table, dict(table)) for table in tables]  # type: ignore[arg-type]
+        distinct = {id(t): t for _, names in self._tables for t in names.values() if t is not None}
+        self._needs_grad = [(t, t.requires_grad) for t in distinct.values() if t.is_leaf]
+        self.copies.save(distinct.values())
+
+    def restore(self) -> None:
+        """Binds every name to its tensor again and writes the tensor's content back."""
+        for table, names in self._tables:
+            table.clear()
+            table.update(names)
+        self.copies.load()
+        for tensor, needs_grad in self._needs_grad:
+            if tensor.requires_grad != needs_grad:
+                tensor.requires_grad_(needs_grad)
+
+
+class Gradients:
+    """The ``.grad`` of every parameter: present, absent, and its content."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._grads: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._copies = TensorCopies()
+
+    def capture(self) -> None:
+        """Remembers the gradients."""
+        self._grads = [(parameter, parameter.grad) for parameter in self._module.parameters()]
+        self._copies.save(grad for _, grad in self._grads if grad is not None)
+
+    def restore(self) -> None:
+        """Puts the gradients back."""
+        self._copies.load()
+        for parameter, grad in self._grads:
+            parameter.grad = grad
+
+
+class OptimizerState:
+    """An optimizer's per-parameter state and its groups' settings (a group's parameters are not touched)."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state: list[tuple[Any, dict[str, Any], dict[str, Restore]]] = []
+        self._groups: list[dict[str, Restore]] = []
+        self._attributes = Attributes([optimizer], skip=_OPTIMIZER_INTERNALS)
+        self.copies = TensorCopies()
+
+    def capture(self) -> None:
+        """Remembers state and settings."""
+        tensors: list[Tensor] = []
+        self._state = []
+        for parameter, values in self._optimizer.state.items():
+            tensors += [value for value in values.values() if isinstance(value, Tensor)]
+            others = {key: save(value) for key, value in values.items() if not isinstance(value, Tensor)}
+            self._state.append((parameter, dict(values), others))
+        self.copies.save(tensors)
+        self._groups = [
+            {key: save(value) for key, value in group.items() if key != "params"}
+            for group in self._optimizer.param_groups
+        ]
+        self._attributes.capture()
+
+    def restore(self) -> None:
+        """Puts state and settings back; state that did not exist then is forgotten."""
+        self.copies.load()
+        self._optimizer.state.clear()
+        for parameter, values, others in self._state:
+            put_back = {key: restore() for key, restore in others.items()}
+            self._optimizer.state[parameter] = {**values, **put_back}
+        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=False):
+            for key in [key for key in group if key != "params" and key not in settings]:
+                del group[key]
+            group.update({key: restore() for key, restore in settings.items()})
+        self._attributes.restore()
+
+
+class RandomState:
+    """The global generators of torch (CPU and every CUDA device), numpy and random."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] = {}
+
+    def capture(self) -> None:
+        """Remembers the generators' states."""
+        self._state = random_state()
+
+    def restore(self) -> None:
+        """Puts them back."""
+        set_random_state(self._state)
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators' states as primitives and tensors (a checkpoint can hold them)."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one is meant
+    version, internal, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [
+            str(name),
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
+        "python": [version, list(internal), next_gauss],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of :func:`random_state`. CUDA devices that are not there are passed over."""
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state.cpu(), device)
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, internal, next_gauss = state["python"]
+    random.setstate((version, tuple(internal), next_gauss))
+
+
+class ModuleHooks:
+    """What modules hand over themselves, by ``on_trial_snapshot`` and ``on_trial_restore``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._saved: list[tuple[Callable[[Any], None], Any]] = []
+
+    def capture(self) -> None:
+        """Asks every module that defines the pair of hooks."""
+        self._saved = [
+            (module.on_trial_restore, module.on_trial_snapshot())
+            for module in self._module.modules()
+            if hasattr(module, "on_trial_snapshot") and hasattr(module, "on_trial_restore")
+        ]
+
+    def restore(self) -> None:
+        """Hands every module its own back."""
+        for put_back, saved in self._saved:
+            put_back(saved)
+
+
+class Snapshot:
+    """An explicit list of parts that are remembered and put back together.
+
+    Args:
+        parts: In the order of capture; restored in the same order.
+
+    Example: "snapshot, train, roll back, train" equals "train", bit for bit.
+
+    >>> net = nn.Linear(1, 1)
+    >>> snapshot = Snapshot.of_training(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    >>> before = net.weight.item()
+    >>> with snapshot.rolled_back():
+    ...     _ = net.weight.data.add_(1.0)
+    >>> net.weight.item() == before
+    True
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = list(parts)
+
+    @classmethod
+    def of_training(cls, module: nn.Module, optimizer: Optimizer, extras: Sequence[Part] = ()) -> Snapshot:
+        """Everything an optimizer step of ``module`` may touch; ``extras`` come before the generators."""
+        return cls(
+            [
+                Weights(module),
+                Gradients(module),
+                OptimizerState(optimizer),
+                Attributes(module.modules(), skip=_MODULE_INTERNALS),
+                ModuleHooks(module),
+                *extras,
+                RandomState(),
+            ]
+        )
+
+    def capture(self) -> None:
+        """Remembers the present."""
+        for part in self._parts:
+            part.capture()
+
+    def restore(self) -> None:
+        """Goes back to the last :meth:`capture`; may be called again and again."""
+        for part in self._parts:
+            part.restore()
+
+    @contextmanager
+    def rolled_back(self) -> Iterator[Snapshot]:
+        """Captures on entry and restores on exit, however the block is left."""
+        self.capture()
+        try:
+            yield self
+        finally:
+            self.restore()

@@ -1,0 +1,225 @@
+"""Batches for trials and probes: a second iterator over the user's data that leaves the first alone.
+
+A trial must neither move the main loader nor draw from its generators, and every candidate of a search must see
+the same batches. So loaders are copied shallowly (same data set, collation and workers; own sampler and
+generator), what cannot be given an own sampler is put back by :func:`data_state`, and batches are kept in a
+bounded cache and handed out as copies (a ``training_step`` may write into its batch).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from autotune.errors import UnsupportedSetupError
+from autotune.pystate import Attributes
+from autotune.snapshot import RandomState, random_state, set_random_state
+
+#: Batches a search keeps in memory; what goes beyond is read again for every candidate.
+CACHE_BYTES = 512 * 2**20
+#: Attributes of data sets and samplers with more elements are storage, not state that iteration changes.
+_STATE_ELEMENTS = 4096
+
+
+def second_loader(combined: Any, seed: int, limits: list[float]) -> Any:
+    """A copy of a ``CombinedLoader`` that can be iterated without touching the original.
+
+    Args:
+        combined: The trainer's loader.
+        seed: Of the copy's own order.
+        limits: Batches that the run takes from each loader an epoch (``limit_train_batches``); infinite
+            where there is no limit.
+    """
+    clone = copy.copy(combined)
+    clone._iterator = None
+    clone._limits = None
+    loaders = zip(combined.flattened, limits, strict=True)
+    clone.flattened = [_second(loader, seed + index, limit) for index, (loader, limit) in enumerate(loaders)]
+    return clone
+
+
+def _second(loader: Any, seed: int, limit: float) -> Any:
+    if not isinstance(loader, DataLoader):
+        if iter(loader) is loader:
+            raise UnsupportedSetupError(
+                f"the loader {type(loader).__name__} is its own iterator, so trials would consume the "
+                "training data; give the Trainer a DataLoader, or an object whose __iter__ returns a new iterator"
+            )
+        return loader
+    clone = copy.copy(loader)
+    generator = torch.Generator().manual_seed(seed)
+    own: dict[str, Any] = {"_iterator": None, "persistent_workers": False, "generator": generator}
+    if isinstance(loader.dataset, IterableDataset):
+        _refuse_shared_stream(loader.dataset)
+    elif _standard(loader):
+        own["sampler"] = _shuffled(loader, limit, generator)
+        enough = len(own["sampler"]) >= (loader.batch_size or 1)
+        own["batch_sampler"] = BatchSampler(own["sampler"], loader.batch_size or 1, drop_last=enough)
+    elif isinstance(loader.sampler, DistributedSampler):
+        own["sampler"] = copy.copy(loader.sampler)
+        own["sampler"].set_epoch(seed)
+        own["batch_sampler"] = BatchSampler(own["sampler"], loader.batch_size or 1, loader.drop_last)
+    vars(clone).update(own)
+    return clone
+
+
+def _standard(loader: DataLoader[Any]) -> bool:
+    """Whether order and batching are torch's own, so that ours can stand in for them."""
+    return (
+        type(loader.batch_sampler) is BatchSampler
+        and type(loader.sampler) in (RandomSampler, SequentialSampler)
+        and loader.batch_size is not None
+    )
+
+
+def _shuffled(loader: DataLoader[Any], limit: float, generator: torch.Generator) -> RandomSampler:
+    size = len(loader.sampler)  # type: ignore[arg-type]
+    if type(loader.sampler) is SequentialSampler:
+        # A limited sequential loader never shows the rest: overfit_batches and limit_*_batches.
+        size = int(min(size, limit * (loader.batch_size or 1)))
+    elif len(loader.dataset) != size:  # type: ignore[arg-type]
+        size = len(loader.dataset)  # type: ignore[arg-type]
+    return RandomSampler(range(size), generator=generator)
+
+
+def _refuse_shared_stream(dataset: Any) -> None:
+    streams = (types.GeneratorType, io.IOBase)
+    held = [name for name, value in vars(dataset).items() if isinstance(value, streams)]
+    if held and hasattr(dataset, "__next__"):
+        raise UnsupportedSetupError(
+            f"the IterableDataset {type(dataset).__name__} is its own iterator over {held[0]!r}, which cannot be "
+            "read twice, so trials would consume the training data; return a new iterator from __iter__"
+        )
+
+
+def data_state(*combined: Any) -> Attributes:
+    """What iterating the loaders may change on data sets and samplers: counters and generators."""
+    objects = []
+    for loader in [item for whole in combined if whole is not None for item in whole.flattened]:
+        for name in ("dataset", "sampler", "batch_sampler"):
+            item = getattr(loader, name, None)
+            while item is not None and not any(item is seen for seen in objects):
+                objects.append(item)
+                item = getattr(item, "dataset", None)
+    return Attributes(objects, largest=_STATE_ELEMENTS)
+
+
+class Replay:
+    """The same batches again and again: read once, cached within a bound, handed out as copies.
+
+    Reading has its own random generators, so that a candidate that reads and one that is served from the
+    cache train under the same randomness.
+
+    Args:
+        open_stream: Makes a new iterator over batches, always in the same order.
+        repeatable: Whether two iterators give the same batches; if not, a full cache is gone through
+            again from its beginning.
+    """
+
+    def __init__(
+        self, open_stream: Callable[[], Iterator[Any]], *, repeatable: bool = True, cache: int = CACHE_BYTES
+    ) -> None:
+        self._open = open_stream
+        self._repeatable = repeatable
+        self._room = cache
+        self._cached: list[Any] = []
+        self._source: Iterator[Any] | None = None
+        self._random = random_state()
+        self._full = False
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from (copy.deepcopy(batch) for batch in list(self._cached))
+        position = len(self._cached)
+        if self._full and self._repeatable:
+            yield from self._read_again(position)
+            return
+        while True:
+            if position < len(self._cached):
+                batch = self._cached[position]
+            elif self._full:
+                batch = self._cached[position % len(self._cached)]
+            else:
+                batch = self._read()
+                if self._full and self._repeatable and position >= len(self._cached):
+                    yield batch
+                    yield from self._read_again(position + 1)
+                    return
+            position += 1
+            yield copy.deepcopy(batch)
+
+    def _read(self) -> Any:
+        with self._own_randomness():
+            if self._source is None:
+                self._source = self._endless()
+            batch = next(self._source)
+        size = sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
+        self._room -= size
+        if self._room >= 0 or not self._cached:
+            self._cached.append(batch)
+        self._full = self._room < 0
+        return batch
+
+    def _read_again(self, position: int) -> Iterator[Any]:
+        source, start = self._endless(), 0
+        while True:
+            with self._own_randomness():
+                for _ in range(position - start):
+                    next(source)
+                batch = next(source)
+            start = position = position + 1
+            yield batch
+
+    def _endless(self) -> Iterator[Any]:
+        while True:
+            empty = True
+            for batch in self._open():
+                empty = False
+                yield batch
+            if empty:
+                raise UnsupportedSetupError("the training loader yields no batch: there is nothing to try")
+
+    def _own_randomness(self) -> _Swapped:
+        return _Swapped(self)
+
+
+class _Swapped:
+    """Runs a block under the replay's own generators."""
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+        self._outside = RandomState()
+
+    def __enter__(self) -> None:
+        self._outside.capture()
+        set_random_state(self._replay._random)
+
+    def __exit__(self, *_: object) -> None:
+        self._replay._random = random_state()
+        self._outside.restore()
+
+
+class Batches:
+    """A fixed list of batches with a length, handed out as copies: what a probe evaluates on."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (copy.deepcopy(batch) for batch in self._batches)

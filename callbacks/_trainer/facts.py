@@ -1,0 +1,77 @@
+"""What a callback may ask a running ``Trainer``: counters, progress bars, warnings."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+_LOGGER = logging.getLogger("autotune")
+
+
+def warn(message: str) -> None:
+    """Warns once per place, and in words that name us."""
+    warnings.warn(f"autotune: {message}", UserWarning, stacklevel=3)
+
+
+def inform(message: str) -> None:
+    """An informational line through the ``autotune`` logger."""
+    _LOGGER.info(message)
+
+
+def logging_step(trainer: Any) -> int:
+    """The step under which Lightning logs its own rows now (other counters shift or drop rows)."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def window_start(trainer: Any, batch_idx: int) -> bool:
+    """Whether the batch that is about to run opens an accumulation window."""
+    return bool(batch_idx % trainer.accumulate_grad_batches == 0)
+
+
+def window_end(trainer: Any) -> bool:
+    """Whether the batch that has just run closed an accumulation window, that is, made an update."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+class BarText:
+    """Writes a phase ("search 1: trial 3/7") where the trainer's progress bar shows "Epoch n".
+
+    Knows Lightning's tqdm and rich bars; with another bar, or none, it does nothing.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._bar = trainer.progress_bar_callback
+        self._before: str | None = None
+
+    def show(self, text: str) -> None:
+        """Puts ``text`` on the bar."""
+        tqdm_bar = self._tqdm()
+        if tqdm_bar is not None:
+            if self._before is None:
+                self._before = tqdm_bar.desc
+            tqdm_bar.set_description(text)
+            return
+        progress, task = self._rich()
+        if progress is not None:
+            if self._before is None:
+                self._before = next(t.description for t in progress.tasks if t.id == task)
+            progress.update(task, description=text)
+            progress.refresh()
+
+    def clear(self) -> None:
+        """Puts the bar's own text back."""
+        if self._before is not None:
+            self.show(self._before)
+            self._before = None
+
+    def _tqdm(self) -> Any:
+        bar = getattr(self._bar, "_train_progress_bar", None)
+        return bar if hasattr(bar, "set_description") and not getattr(bar, "disable", True) else None
+
+    def _rich(self) -> tuple[Any, Any]:
+        progress = getattr(self._bar, "progress", None)
+        task = getattr(self._bar, "train_progress_bar_id", None)
+        if progress is None or task is None or not any(t.id == task for t in progress.tasks):
+            return None, None
+        return progress, task

@@ -1,0 +1,102 @@
+"""How long the run is, in the unit its end is given in, and how much of it is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+#: What Lightning puts in for a ``max_epochs`` that nobody set.
+_UNSET_EPOCHS = 1000
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The end of the run.
+
+    Attributes:
+        unit: ``"steps"`` (updates), ``"examples"``, ``"seconds"``, or ``"none"`` where the end is not known.
+        total: In that unit; infinite where the end is not known.
+        updates: The optimizer updates this comes to; for an unknown end an assumption that only sizes the
+            first search, for a time limit unknown (NaN) until a step has been timed.
+        reason: Why the end is not known; empty where it is.
+    """
+
+    unit: str
+    total: float
+    updates: float
+    reason: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether a decay can be planned."""
+        return self.unit != "none"
+
+
+def batch_examples(trainer: Any) -> int:
+    """Examples in one micro-batch on all ranks (1 where the loader does not say)."""
+    sizes = []
+    for loader in trainer.fit_loop._combined_loader.flattened:
+        size = getattr(loader, "batch_size", None)
+        if size is None:
+            size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        sizes.append(int(size) if size else 1)
+    return max(sizes, default=1) * int(trainer.world_size)
+
+
+def updates_an_epoch(trainer: Any) -> float:
+    """Optimizer updates in one epoch; infinite where the loader has no length."""
+    batches = trainer.num_training_batches
+    return math.inf if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def plan(trainer: Any) -> Horizon:
+    """Reads the trainer's limits. Of several, the one that is reached first counts."""
+    per_epoch = updates_an_epoch(trainer)
+    max_epochs = trainer.fit_loop.max_epochs
+    unset = max_epochs in (None, -1) or (max_epochs == _UNSET_EPOCHS and trainer.max_steps == -1)
+    epoch_updates = math.inf if unset else per_epoch * max_epochs
+    step_updates = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    updates = min(epoch_updates, step_updates)
+    seconds = _time_limit(trainer)
+    assumed = updates if math.isfinite(updates) else max(1000.0, 10 * per_epoch) if math.isfinite(per_epoch) else 1000.0
+    if trainer.early_stopping_callbacks:
+        return Horizon("none", math.inf, assumed, "EarlyStopping may end the run at any time")
+    if seconds is not None and math.isinf(updates):
+        return Horizon("seconds", seconds, math.nan)
+    if math.isinf(updates):
+        why = "the loader has no length" if not unset else "neither max_steps, max_epochs nor max_time is set"
+        return Horizon("none", math.inf, assumed, why)
+    if epoch_updates <= step_updates:
+        examples = trainer.num_training_batches * max_epochs * batch_examples(trainer)
+        return Horizon("examples", float(examples), updates)
+    return Horizon("steps", step_updates, updates)
+
+
+def done(trainer: Any, horizon: Horizon) -> float:
+    """How much of the run is done, in the horizon's unit (updates where the end is not known)."""
+    if horizon.unit == "seconds":
+        return float(_timer(trainer).time_elapsed())
+    if horizon.unit == "examples":
+        epochs = trainer.fit_loop.epoch_progress.current.processed
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if batches >= trainer.num_training_batches:
+            batches = 0 if epochs else trainer.num_training_batches
+        return float((epochs * trainer.num_training_batches + batches) * batch_examples(trainer))
+    return float(trainer.global_step)
+
+
+def _timer(trainer: Any) -> Any:
+    return next((callback for callback in trainer.callbacks if hasattr(callback, "time_elapsed")), None)
+
+
+def _time_limit(trainer: Any) -> float | None:
+    timer = _timer(trainer)
+    return None if timer is None else timer._duration
+
+
+def exempt_from_time_limit(trainer: Any, seconds: float) -> None:
+    """Takes time spent in trials off the trainer's timer: ``max_time`` counts real training."""
+    timer = _timer(trainer)
+    if timer is not None:
+        timer._offset -= seconds

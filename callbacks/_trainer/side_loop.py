@@ -1,0 +1,134 @@
+"""Training and evaluating beside the run: Lightning's own step path on scratch loops.
+
+Inside :func:`side_loop` the trainer has another epoch loop (own results, own counters that continue from the real
+ones), another logger connector, no callbacks, silent loggers and no profiler. A step goes through
+``automatic_optimization.run`` as in training, so overrides, clipping, accumulation and precision are the user's;
+an evaluation is a whole run of Lightning's validation loop over the probe batches. Leaving the block puts every
+one of them back. Tensors, generators and the module's own state are :mod:`autotune.snapshot`'s affair.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autotune.callbacks._trainer.data import Batches
+
+_SWAPPED = ("callbacks", "_logger_connector", "_loggers", "profiler", "should_stop", "_last_val_time")
+
+
+class SideLoop:
+    """Steps and evaluations on the trainer's model that the run never hears of; see :func:`side_loop`."""
+
+    def __init__(self, trainer: Any, epoch_loop: Any) -> None:
+        self._trainer = trainer
+        self._loop = epoch_loop
+        self._batch_idx = 0
+
+    def train_step(self, window: Sequence[Any]) -> float:
+        """One optimizer step on an accumulation window of batches, exactly as training would make it.
+
+        Returns:
+            The mean loss over the window; NaN where ``training_step`` returned none.
+        """
+        losses = [self._micro_step(batch, index + 1, len(window)) for index, batch in enumerate(window)]
+        known = [loss for loss in losses if loss is not None]
+        return float(torch.stack(known).mean()) if known else math.nan
+
+    def _micro_step(self, batch: Any, ready: int, size: int) -> Tensor | None:
+        trainer, loop = self._trainer, self._loop
+        call = _calls(trainer)
+        batch_idx = self._batch_idx = 0 if ready == 1 else self._batch_idx + 1
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        loop.batch_progress.current.ready = ready
+        loop.batch_progress.is_last_batch = ready == size
+        trainer._logger_connector.on_batch_start(batch)
+        call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx)
+        kwargs = loop._build_kwargs(OrderedDict(), batch, batch_idx)
+        outputs = loop.automatic_optimization.run(trainer.optimizers[0], batch_idx, kwargs)
+        call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, batch_idx)
+        loop._results.batch = None
+        loss = outputs.get("loss")
+        return loss.detach().float() if isinstance(loss, Tensor) else None
+
+    def evaluate(self, combined: Any, batches: Sequence[Batches]) -> dict[str, float]:
+        """Runs the user's validation over ``batches`` (one list a validation loader).
+
+        Returns:
+            What ``validation_step`` and the epoch-end hooks logged, by name.
+        """
+        trainer, loop = self._trainer, self._loop.val_loop
+        probe = copy.copy(combined)
+        probe._iterator = None
+        probe.flattened = list(batches)
+        loop._combined_loader = probe
+        loop._max_batches = [len(part) for part in batches]
+        loop._last_val_dl_reload_epoch = trainer.current_epoch
+        connector = trainer._logger_connector
+        first_loop_iter = connector._first_loop_iter
+        trainer.validating = True
+        try:
+            loop.run()
+            logged = dict(connector._callback_metrics)
+        finally:
+            trainer.training = True
+            connector._first_loop_iter = first_loop_iter
+            connector.reset_metrics()
+        return {name: float(value) for name, value in logged.items() if value.numel() == 1}
+
+
+def _calls(trainer: Any) -> Any:
+    """The ``trainer.call`` module of the namespace the trainer comes from."""
+    namespace = type(trainer.fit_loop).__module__.split(".loops")[0]
+    return __import__(f"{namespace}.trainer.call", fromlist=["call"])
+
+
+def _silent(trainer: Any) -> tuple[Any, Any]:
+    namespace = type(trainer.fit_loop).__module__.split(".loops")[0]
+    loggers = __import__(f"{namespace}.loggers.logger", fromlist=["DummyLogger"])
+    profilers = __import__(f"{namespace}.profilers", fromlist=["PassThroughProfiler"])
+    return loggers.DummyLogger, profilers.PassThroughProfiler
+
+
+def _scratch_loop(trainer: Any) -> Any:
+    """An epoch loop of our own whose counters go on from the real one's."""
+    real = trainer.fit_loop.epoch_loop
+    loop = type(real)(trainer, min_steps=real.min_steps, max_steps=real.max_steps)
+    progress = copy.deepcopy(real.automatic_optimization.optim_progress)
+    loop.automatic_optimization.optim_progress = progress
+    loop._batches_that_stepped = real._batches_that_stepped
+    return loop
+
+
+@contextmanager
+def side_loop(trainer: Any) -> Iterator[SideLoop]:
+    """Opens a :class:`SideLoop`; whatever of the trainer it exchanges is put back, however it is left."""
+    fit_loop = trainer.fit_loop
+    real_loop = fit_loop.epoch_loop
+    saved = {name: getattr(trainer, name) for name in _SWAPPED if hasattr(trainer, name)}
+    stage = trainer.state.stage
+    current_fx = trainer.lightning_module._current_fx_name
+    dummy_logger, no_profiler = _silent(trainer)
+    fit_loop.epoch_loop = _scratch_loop(trainer)
+    trainer.callbacks = []
+    trainer._logger_connector = type(trainer._logger_connector)(trainer)
+    trainer._loggers = [dummy_logger() for _ in trainer._loggers]
+    trainer.profiler = no_profiler()
+    trainer.training = True
+    try:
+        yield SideLoop(trainer, fit_loop.epoch_loop)
+    finally:
+        fit_loop.epoch_loop = real_loop
+        for name, value in saved.items():
+            setattr(trainer, name, value)
+        trainer.state.stage = stage
+        trainer.lightning_module._current_fx_name = current_fx
