@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from autotune.decision import Decision
 from autotune.report.metrics import Series
 from autotune.report.reading import Run
@@ -36,14 +38,17 @@ KINDS = {
 }
 OTHER = "cross"
 
+#: Every tick is spelled out: a bare "2" between two powers of ten is easily misread.
+LOG_AXIS: dict[str, Any] = {"type": "log", "tickformat": "~g", "nticks": 6}
+
 
 def timeline(run: Run) -> Figure:
     """The run on one step axis: decisions, losses with forecasts, learning rate, batch with noise scale."""
     panels: list[tuple[str, float, list[Figure], dict[str, Any]]] = [
         ("Decisions", 0.26, _decision_traces(run), _lanes(run)),
         ("Loss", 0.34, _loss_traces(run), {}),
-        ("Learning rate", 0.2, _lr_traces(run), {"type": "log", "exponentformat": "power"}),
-        ("Batch (examples)", 0.2, _batch_traces(run), {"type": "log"}),
+        ("Learning rate", 0.2, _lr_traces(run), LOG_AXIS),
+        ("Batch (examples)", 0.2, _batch_traces(run), _batch_axis([run])),
     ]
     figure = _stacked([panel for panel in panels if panel[2]])
     axis = examples_axis(run)
@@ -55,8 +60,8 @@ def comparison(runs: Sequence[Run]) -> Figure:
     """Several runs over each other: loss, learning rate, batch."""
     panels: list[tuple[str, Callable[[Run], Series | None], dict[str, Any]]] = [
         ("Loss", _main_loss, {}),
-        ("Learning rate", learning_rate, {"type": "log", "exponentformat": "power"}),
-        ("Batch (examples)", batch_size, {"type": "log"}),
+        ("Learning rate", learning_rate, LOG_AXIS),
+        ("Batch (examples)", batch_size, _batch_axis(runs)),
     ]
     drawn = []
     for title, track, axis in panels:
@@ -84,7 +89,8 @@ def hover(decision: Decision) -> str:
 
 def _decision_traces(run: Run) -> list[Figure]:
     lanes = {kind: lane for lane, kind in enumerate(_kinds(run))}
-    crowd = Counter[tuple[str, int]]()
+    crowd = Counter((decision.kind, decision.step) for decision in run.decisions)
+    placed = Counter[tuple[str, int]]()
     by_kind: dict[str, Figure] = {}
     for index, decision in enumerate(run.decisions):
         kind = decision.kind
@@ -110,10 +116,10 @@ def _decision_traces(run: Run) -> list[Figure]:
             },
         )
         # Two decisions of one kind at one step stand beside each other, or one would hide the other.
-        beside = crowd[kind, decision.step]
-        crowd[kind, decision.step] += 1
+        here = (kind, decision.step)
         trace["x"].append(decision.step)
-        trace["y"].append(-lanes[kind] + 0.22 * ((beside + 1) // 2) * (1 if beside % 2 else -1))
+        trace["y"].append(-lanes[kind] + 0.25 - 0.5 * (placed[here] + 0.5 * (crowd[here] == 1)) / max(crowd[here] - 1, 1))
+        placed[here] += 1
         trace["hovertext"].append(hover(decision))
         trace["customdata"].append(index)
     return list(by_kind.values())
@@ -198,6 +204,18 @@ def _batch_traces(run: Run) -> list[Figure]:
     if noise is not None:
         traces.append(_line(noise, "noise scale", {"color": "var(--noise)", "width": 1, "dash": "dot"}))
     return traces
+
+
+def _batch_axis(runs: Sequence[Run]) -> dict[str, Any]:
+    """A logarithmic axis with ticks at powers of two, six at most: the numbers that batches have."""
+    drawn = [series for run in runs for series in (batch_size(run), noise_scale(run)) if series is not None]
+    values = np.concatenate([series.values for series in drawn]) if drawn else np.empty(0)
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return {"type": "log"}
+    low, high = int(np.floor(np.log2(values.min()))), int(np.ceil(np.log2(values.max())))
+    ticks = [2.0**power for power in range(low, high + 1, max((high - low) // 5, 1))]
+    return {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": [spell(tick) for tick in ticks]}
 
 
 def _main_loss(run: Run) -> Series | None:

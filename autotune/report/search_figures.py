@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from autotune.decision import Decision
-from autotune.report.figures import Figure
+from autotune.report.figures import LOG_AXIS, Figure
 from autotune.report.metrics import Series
 from autotune.report.values import column, mapping, number, pairs, records, significant, spell
 
@@ -30,7 +30,7 @@ def candidates_figure(search: Decision) -> Figure | None:
             data.append(_candidate_trace(group, status, symbol, _ceiling(tried, search)))
     layout: dict[str, Any] = {
         "height": 340,
-        "xaxis": {"type": "log", "title": {"text": "learning rate"}, "exponentformat": "power", "anchor": "y"},
+        "xaxis": {**LOG_AXIS, "title": {"text": "learning rate"}, "anchor": "y"},
         "yaxis": {"domain": [0.3, 1.0] if acquisition else [0.0, 1.0], "title": {"text": "loss"}},
         "shapes": [_choice_line(lr)] if (lr := number(search, "lr")) else [],
     }
@@ -73,8 +73,21 @@ def trials_figure(search: Decision, limit: int) -> Figure | None:
         )
     if not data:
         return None
-    layout = {"height": 340, "xaxis": {"title": {"text": "trial step"}}, "yaxis": {"title": {"text": "loss"}}}
+    layout: dict[str, Any] = {"height": 340, "xaxis": {"title": {"text": "trial step"}}}
+    layout["yaxis"] = {"title": {"text": "loss"}}
+    if (view := _view(search)) is not None:
+        layout["yaxis"]["range"] = view
     return {"data": data, "layout": layout}
+
+
+def _view(search: Decision) -> list[float] | None:
+    """A range of losses in which the trials that did not explode can be told apart; the reader can zoom out."""
+    sane = [c for c in records(search, "candidates") if c.get("status") != "diverged"]
+    values = [y for c in sane for _, y in pairs(c, "curve") if y is not None]
+    if not values or len(sane) == len(records(search, "candidates")):
+        return None
+    margin = 0.05 * (max(values) - min(values)) or 0.1 * abs(max(values)) or 1.0
+    return [min(values) - margin, max(values) + margin]
 
 
 def _posterior_traces(posterior: Mapping[str, Any]) -> list[Figure]:

@@ -60,9 +60,11 @@
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { color: colour("--text") }, align: "left" },
       hovermode: "closest", dragmode: narrow ? false : "zoom",
       margin: { l: narrow ? 8 : 16, r: 8, t: 28, b: 8 },
-      legend: { orientation: "h", y: -0.12, yanchor: "top", x: 0 },
+      legend: { orientation: "h", y: 0, yref: "container", yanchor: "bottom", x: 0 },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: colour("--text") },
     });
-    const options = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover" };
+    const options = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover",
+      modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };
     const first = !box.classList.contains("js-plotly-plot");
     Plotly.react(box, data, layout, options);
     if (first) box.on("plotly_click", (event) => { if (event.points[0]) toRow(box, event.points[0].customdata); });
@@ -151,7 +153,7 @@
   }, true);
 
   redraw();
-  root.dataset.ready = "yes";
+  root.dataset.ready = String(Math.round(performance.now())); // milliseconds until the first view was drawn
 
   // ---- watching a run ----------------------------------------------------------------------------------
   if (!("live" in root.dataset)) return;
