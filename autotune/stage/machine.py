@@ -1,0 +1,221 @@
+"""The stage machine: when to search, when to predict, when to go back.
+
+A run is cut into stages on a doubling clock, as in AutoLRS (Jin et al., ICLR 2021); unlike there, the rate inside a
+stage follows one base shape for the whole run, a search is repeated on evidence rather than at every stage, and a
+stage that made things worse is undone. The machine is pure: ``due`` says what to do next, one method per outcome
+returns the next state and what follows from it. It never touches a model.
+
+=============  ========================================================  ===============================
+symbol         meaning                                                   unit
+=============  ========================================================  ===============================
+``progress``   share of the run that is done (unbounded without an end)  1
+``loss``       the monitored value on the probe batches, lower = better  as the user's (sign-flipped for
+                                                                         ``mode="max"``)
+``worth``      the loss before the first update minus the best so far    as ``loss``
+=============  ========================================================  ===============================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Due = Literal["search", "forecast", "end"]
+Verdict = Literal["train", "search", "roll_back", "decay"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One evaluation on the probe batches.
+
+    Attributes:
+        loss: The monitored value, lower is better.
+        batches: The value on every single batch where it is a mean over batches, else empty.
+    """
+
+    loss: float
+    batches: tuple[float, ...] = ()
+
+
+def compare(now: Probe, before: Probe) -> tuple[float, float]:
+    """The paired difference ``now - before`` and its standard error (NaN where there are no single batches)."""
+    difference = now.loss - before.loss
+    count = len(now.batches)
+    if count < 2 or count != len(before.batches):
+        return difference, math.nan
+    pairs = [a - b for a, b in zip(now.batches, before.batches, strict=True)]
+    mean = math.fsum(pairs) / count
+    variance = math.fsum((pair - mean) ** 2 for pair in pairs) / (count - 1)
+    return difference, math.sqrt(variance / count)
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What evolves; primitives only, so that a checkpoint can hold it (:meth:`to_dict`)."""
+
+    lr: float | None = None
+    searches: int = 0
+    index: int = 0
+    start: float = 0.0
+    end: float = 0.0
+    start_step: int = 0
+    start_probe: Probe | None = None
+    initial_loss: float = math.nan
+    best_loss: float = math.inf
+    prediction: tuple[float, float, float] | None = None
+    forecast_due: float = math.inf
+    strikes: int = 0
+    request: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as a dictionary of primitives."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> StageState:
+        """The inverse of :meth:`to_dict`."""
+        probe = saved["start_probe"]
+        prediction = saved["prediction"]
+        return cls(
+            **{
+                **saved,
+                "start_probe": None if probe is None else Probe(probe["loss"], tuple(probe["batches"])),
+                "prediction": None if prediction is None else tuple(prediction),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class StageMachine:
+    """Configuration of the machine.
+
+    Attributes:
+        search: ``"on_evidence"`` or ``"every_stage"``.
+        known_end: Whether progress 1 is the end of the run.
+        first: Length of the first stage, in progress.
+        growth: Each stage is this much longer than the one before.
+        longest: Cap on a stage's length where the end is not known.
+        forecast_at: Share of a stage after which its end is predicted.
+        lowering: Factor on the rate after a rollback.
+        decay: Factor on the rate on a plateau where the end is not known.
+        worse: A stage is undone when it lost more than this share of what the run had gained (and more than
+            three standard errors of the paired difference).
+        patience: Rollbacks in a row before the machine keeps what it has.
+    """
+
+    search: str = "on_evidence"
+    known_end: bool = True
+    first: float = 0.05
+    growth: float = 2.0
+    longest: float = 0.4
+    forecast_at: float = 0.6
+    lowering: float = 0.5
+    decay: float = 0.3
+    worse: float = 0.1
+    patience: int = 3
+
+    def due(self, state: StageState, progress: float) -> Due | None:
+        """What has to be done before the next update."""
+        if state.index == 0 or state.request:
+            return "search"
+        if progress >= state.end and not (self.known_end and state.end >= 1.0):
+            return "end"
+        return "forecast" if progress >= state.forecast_due else None
+
+    def searched(self, state: StageState, lr: float) -> StageState:
+        """A search has been made, or given up; ``lr`` is the peak to go on with."""
+        return replace(state, lr=lr, searches=state.searches + 1, request="")
+
+    def begun(self, state: StageState, progress: float, step: int, probe: Probe | None) -> StageState:
+        """A stage begins, with what the probe says of the weights it begins with."""
+        length = self._length(state.index)
+        end = progress + length
+        if self.known_end and end + 0.5 * length >= 1.0:
+            end = 1.0
+        loss = math.inf if probe is None or not math.isfinite(probe.loss) else probe.loss
+        initial = state.initial_loss
+        if math.isnan(initial) and probe is not None:
+            initial = probe.loss
+        return replace(
+            state,
+            index=state.index + 1,
+            start=progress,
+            end=end,
+            start_step=step,
+            start_probe=probe,
+            initial_loss=initial,
+            best_loss=min(state.best_loss, loss),
+            prediction=None,
+            forecast_due=progress + self.forecast_at * (end - progress),
+        )
+
+    def predicted(self, state: StageState, forecast: tuple[float, float, float] | None) -> StageState:
+        """The stage's end has been predicted (value, low, high), or the forecaster refused (None)."""
+        return replace(state, prediction=forecast, forecast_due=math.inf)
+
+    def ended(self, state: StageState, probe: Probe) -> tuple[StageState, Verdict, tuple[str, ...]]:
+        """A stage's clock has run out, or it was broken off: what now, and on what evidence."""
+        evidence = self._evidence(state, probe)
+        if not math.isfinite(probe.loss) or self._lost(state, probe):
+            state, verdict = self.failed(state)
+            return state, verdict, evidence
+        state = replace(state, strikes=0)
+        plateau = any(item.startswith("plateau") for item in evidence)
+        if plateau and not self.known_end and state.lr is not None:
+            return replace(state, lr=state.lr * self.decay), "decay", evidence
+        if self.search == "every_stage" or evidence:
+            return state, "search", evidence
+        return state, "train", evidence
+
+    def failed(self, state: StageState) -> tuple[StageState, Verdict]:
+        """The stage diverged or lost ground: go back and lower, until patience runs out."""
+        if state.strikes >= self.patience or state.lr is None:
+            return replace(state, strikes=0), "train"
+        lr = state.lr * self.lowering ** (1 + state.strikes)
+        return replace(state, lr=lr, strikes=state.strikes + 1, index=max(0, state.index - 1)), "roll_back"
+
+    def asked(self, state: StageState, reason: str) -> StageState:
+        """Somebody else (a grown batch, say) has a reason to search again."""
+        return replace(state, request=reason) if state.index else state
+
+    def cut(self, state: StageState, progress: float) -> StageState:
+        """The stage is over now, whatever its clock says."""
+        return replace(state, end=min(state.end, progress)) if state.index else state
+
+    def _length(self, index: int) -> float:
+        length = self.first * self.growth**index
+        return length if self.known_end else min(length, self.longest)
+
+    def _lost(self, state: StageState, probe: Probe) -> bool:
+        if state.start_probe is None or not math.isfinite(state.start_probe.loss):
+            return False
+        difference, error = compare(probe, state.start_probe)
+        worth = state.initial_loss - state.best_loss
+        margin = self.worse * worth if math.isfinite(worth) and worth > 0 else 0.0
+        noise = 3.0 * error if math.isfinite(error) else 0.0
+        return difference > max(margin, noise, 1e-12)
+
+    def _evidence(self, state: StageState, probe: Probe) -> tuple[str, ...]:
+        found: list[str] = []
+        if not math.isfinite(probe.loss):
+            return ("divergence: the loss is not finite",)
+        if state.prediction is not None and probe.loss > state.prediction[2]:
+            found.append(f"forecast broken: {probe.loss:.4g} came where at most {state.prediction[2]:.4g} was expected")
+        if state.start_probe is not None and math.isfinite(state.start_probe.loss):
+            difference, error = compare(probe, state.start_probe)
+            if -difference <= (2.0 * error if math.isfinite(error) else 0.0):
+                found.append(f"plateau: the stage changed the loss by {difference:+.3g} with a noise of {error:.2g}")
+        return tuple(found)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of ``values`` and its standard error (NaN below two values)."""
+    count = len(values)
+    if count == 0:
+        return math.nan, math.nan
+    mean = math.fsum(values) / count
+    if count == 1:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)

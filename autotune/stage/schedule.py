@@ -1,0 +1,69 @@
+"""Base shapes of the learning rate over a run, and over a trial.
+
+=============  ==========================================================  ==============================
+symbol         meaning                                                     unit
+=============  ==========================================================  ==============================
+``progress``   share of the run that is done before the coming update     1; in [0, 1), or >= 0 unbounded
+``warmup``     share of the run over which the rate rises                  1
+``resolution`` progress of one update: the first update is not at rate 0   1
+=============  ==========================================================  ==============================
+
+The rate of an update is ``peak * shape(progress)``; shapes are 1 at the end of the warm-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Linear warm-up, then linear decay to zero at progress 1, or a hold where the end is not known.
+
+    Attributes:
+        warmup: Share of the run that is warm-up.
+        decay: Whether the rate falls to zero at progress 1; without it the peak is held.
+        resolution: Progress of one update.
+
+    The decay reaches zero only *after* the last update, so no update is made at rate 0.
+
+    >>> shape = Shape(warmup=0.5, resolution=0.25)
+    >>> [round(shape(progress), 3) for progress in (0.0, 0.25, 0.5, 0.75)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+
+    warmup: float = 0.02
+    decay: bool = True
+    resolution: float = 0.0
+
+    def __call__(self, progress: float) -> float:
+        """The share of the peak at ``progress``."""
+        rising = progress + self.resolution
+        if rising < self.warmup:
+            return rising / self.warmup
+        if not self.decay:
+            return 1.0
+        # The last update's rate is that of its start, however far a time limit is overrun.
+        left = max(1.0 - progress, self.resolution, 1e-6)
+        return min(1.0, left / (1.0 - self.warmup))
+
+
+@dataclass(frozen=True)
+class TrialShape:
+    """A trial's rate: the run that remains, on a smaller scale.
+
+    Attributes:
+        steps: Optimizer steps of the whole trial.
+        warmup: Share of the trial that is warm-up (only where the run's own warm-up is still to come).
+        constant: Hold the rate instead of annealing it: AutoLRS as published.
+    """
+
+    steps: int
+    warmup: float = 0.0
+    constant: bool = False
+
+    def __call__(self, step: int) -> float:
+        """The share of the candidate's rate at trial step ``step`` (from 0)."""
+        if self.constant:
+            return 1.0
+        return Shape(self.warmup, True, 1.0 / self.steps)(step / self.steps)

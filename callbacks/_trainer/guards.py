@@ -1,0 +1,109 @@
+"""Setups that cannot be served, refused by name at the start of a fit, with what to do instead."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from autotune.errors import UnsupportedSetupError
+
+
+def refuse_unsupported(trainer: Any, controller: Any) -> None:
+    """Checks what is known in ``setup``: module, callbacks and strategy.
+
+    Raises:
+        UnsupportedSetupError: Naming what is in the way and what to do.
+    """
+    name = type(controller).__name__
+    for found, message in _CHECKS.values():
+        if found(trainer, controller):
+            raise UnsupportedSetupError(f"{name}: {message}")
+
+
+def refuse_optimizers(trainer: Any, controller: Any) -> None:
+    """Checks what is known once the optimizers exist.
+
+    Raises:
+        UnsupportedSetupError: There is not exactly one optimizer.
+    """
+    name = type(controller).__name__
+    count = len(trainer.optimizers)
+    if count != 1:
+        raise UnsupportedSetupError(
+            f"{name} drives exactly one optimizer, configure_optimizers returned {count}: put the parameters into "
+            "the groups of one optimizer (their learning-rate ratios are kept)"
+        )
+    if not getattr(trainer.optimizers[0], "param_groups", None):
+        raise UnsupportedSetupError(f"{name}: configure_optimizers returned no optimizer, so there is nothing to tune")
+
+
+def _others(trainer: Any, *names: str) -> list[Any]:
+    return [item for item in trainer.callbacks if any(cls.__name__ in names for cls in type(item).__mro__)]
+
+
+def _manual(trainer: Any, _: Any) -> bool:
+    return not trainer.lightning_module.automatic_optimization
+
+
+def _second(trainer: Any, controller: Any) -> bool:
+    return any(type(item) is type(controller) and item is not controller for item in trainer.callbacks)
+
+
+def _dataloader_iter(trainer: Any, _: Any) -> bool:
+    return "dataloader_iter" in inspect.signature(trainer.lightning_module.training_step).parameters
+
+
+def _handles_accumulation(trainer: Any, _: Any) -> bool:
+    return bool(trainer.strategy.handles_gradient_accumulation)
+
+
+def _mixed_namespaces(trainer: Any, controller: Any) -> bool:
+    used = type(trainer.fit_loop).__module__.partition(".loops")[0]
+    bases = {
+        cls.__module__.partition(".callbacks")[0] for cls in type(controller).__mro__ if cls.__name__ == "Callback"
+    }
+    return used not in bases
+
+
+_CHECKS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "manual": (
+        _manual,
+        "manual optimization (automatic_optimization=False) makes its own steps, which a trial cannot repeat; use "
+        "automatic optimization, or leave the callback out",
+    ),
+    "second": (_second, "there are two of this callback in the Trainer and they would fight; keep one"),
+    "finder": (
+        lambda trainer, _: bool(_others(trainer, "LearningRateFinder")),
+        "LearningRateFinder sets the same learning rate; remove it (the search needs no start value)",
+    ),
+    "batch_finder": (
+        lambda trainer, _: bool(_others(trainer, "BatchSizeFinder")),
+        "BatchSizeFinder runs its own trials inside the fit and breaks resuming; remove it, or run "
+        "Tuner(trainer).scale_batch_size(...) in a separate script before",
+    ),
+    "swa": (
+        lambda trainer, _: bool(_others(trainer, "StochasticWeightAveraging")),
+        "StochasticWeightAveraging exchanges the learning-rate scheduler; remove it (the rate is decayed to zero, "
+        "which does what averaging is for)",
+    ),
+    "accumulation": (
+        lambda trainer, _: bool(_others(trainer, "GradientAccumulationScheduler")),
+        "GradientAccumulationScheduler changes the size of an update while its learning rate is being judged; set "
+        "Trainer(accumulate_grad_batches=k) instead",
+    ),
+    "iterator": (
+        _dataloader_iter,
+        "training_step(dataloader_iter) fetches its own batches, so a trial cannot repeat them; take a batch instead",
+    ),
+    "deepspeed": (
+        _handles_accumulation,
+        "the strategy accumulates gradients by itself (DeepSpeed), so a trial cannot step as training does; use "
+        "strategy='ddp'",
+    ),
+    "namespace": (
+        _mixed_namespaces,
+        "the Trainer comes from pytorch_lightning and the callback from lightning.pytorch, which are two copies of "
+        "one code base; import the Trainer from lightning.pytorch",
+    ),
+}

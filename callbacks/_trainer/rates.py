@@ -1,0 +1,86 @@
+"""Learning rates of an optimizer's groups: read, set, or scaled around each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from autotune.errors import ConfigurationError
+
+
+def initial_rates(optimizer: Any) -> list[float]:
+    """The rate each group was built with; under a scheduler, its peak where the scheduler names one."""
+    names = ("max_lr", "initial_lr", "lr")
+    return [float(next(group[name] for name in names if group.get(name) is not None)) for group in _groups(optimizer)]
+
+
+def ratios(rates: list[float]) -> list[float]:
+    """Each group's rate in units of the first group's.
+
+    Raises:
+        ConfigurationError: The first group's rate is 0 while another's is not: there is no ratio to keep.
+    """
+    if rates[0] == 0.0:
+        if any(rates):
+            raise ConfigurationError(
+                f"the first parameter group has learning rate 0, others have {rates[1:]}: AutoLRS tunes the first "
+                "group's rate and keeps the ratios; put a group that trains first, or freeze by requires_grad=False"
+            )
+        return [1.0] * len(rates)
+    return [rate / rates[0] for rate in rates]
+
+
+def current_rates(optimizer: Any) -> list[float]:
+    """The groups' rates now."""
+    return [float(group["lr"]) for group in _groups(optimizer)]
+
+
+def set_rates(optimizer: Any, rates: list[float]) -> None:
+    """Sets the groups' rates; a rate that is a tensor (capturable optimizers) is written in place."""
+    for group, rate in zip(_groups(optimizer), rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    return optimizer.param_groups  # type: ignore[no-any-return]
+
+
+class ScaledSteps:
+    """Multiplies the rates a user's scheduler sets, only while ``optimizer.step`` runs.
+
+    A value written into a group would be the base of the next scheduler step; so the scheduled rates are put back
+    as soon as the step is done.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._scheduled: list[float] = []
+        self._override: list[float] | None = None
+        self.multiplier = 1.0
+        self.effective: list[float] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def override(self, rates: list[float] | None) -> None:
+        """Uses exactly ``rates`` (a trial's) until called with None."""
+        self._override = rates
+
+    def remove(self) -> None:
+        """Takes the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, *_: Any) -> None:
+        self._scheduled = current_rates(self._optimizer)
+        scaled = [rate * self.multiplier for rate in self._scheduled]
+        self.effective = scaled if self._override is None else self._override
+        set_rates(self._optimizer, self.effective)
+
+    def _after(self, *_: Any) -> None:
+        set_rates(self._optimizer, self._scheduled)

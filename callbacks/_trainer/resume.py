@@ -1,0 +1,150 @@
+"""The position in the data and the random generators, so that a resumed run goes on where it stopped.
+
+Lightning's checkpoints hold neither. An epoch's order is drawn in two moments: when ``iter()`` is called on the
+loader (with workers the whole order, without them one draw for their seeds), and at the first ``next()`` (the
+sampler, without workers). For epoch 0 the two lie far apart, with hooks between them; so the generators are
+remembered at both, and a resume in the middle of an epoch opens the loader under the first, switches to the second,
+passes over the batches that were trained on, and only then puts back the generators of the moment of saving.
+
+A loader with ``state_dict``/``load_state_dict`` of its own is restored by Lightning; it is left alone here. Orders
+drawn batch by batch from a global generator (an unusual sampler of the user's own) cannot be replayed this way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from autotune.snapshot import random_state, set_random_state
+
+
+class DataPosition:
+    """Remembers where the main loader is and restores it; one for a callback and fit.
+
+    Use: :meth:`attach` in ``setup``, :meth:`epoch_start` in ``on_train_epoch_start``, :meth:`state_dict` when a
+    checkpoint is written, :meth:`restore` in ``on_train_start``.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[str, Any] | None = None
+        self._first: dict[str, Any] | None = None
+        self._iterate_at_epoch_start = False
+        self._resumed_mid_epoch = False
+
+    def attach(self, trainer: Any) -> None:
+        """Remembers the generators each time the trainer asks for the training loader, just before its ``iter()``."""
+        source = trainer.fit_loop._data_source
+        original = type(source).dataloader
+
+        def dataloader() -> Any:
+            loader = original(source)
+            self._opened = _capture(_generators_of(loader))
+            return loader
+
+        source.dataloader = dataloader
+
+    def detach(self, trainer: Any) -> None:
+        """Undoes :meth:`attach`."""
+        vars(trainer.fit_loop._data_source).pop("dataloader", None)
+
+    def epoch_start(self, trainer: Any) -> None:
+        """An epoch begins: remembers the generators; after an epoch-end resume draws the order Lightning would not."""
+        fit_loop = trainer.fit_loop
+        will_open = _opens_loader(trainer)
+        if self._iterate_at_epoch_start:
+            self._iterate_at_epoch_start = False
+            if not will_open:
+                self._opened = _capture(_generators(trainer))
+                iter(fit_loop._data_fetcher)
+                self._first = _capture(_generators(trainer))
+                return
+        now = _capture(_generators(trainer))
+        if will_open:
+            self._opened, self._first = now, None
+        else:
+            self._first = now
+
+    def state_dict(self, trainer: Any) -> dict[str, Any]:
+        """Position and generators, as primitives and tensors."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        ready, total = progress.current.ready, trainer.num_training_batches
+        inside = 0 < ready < total and not progress.is_last_batch
+        return {
+            "batches": ready if inside else 0,
+            "opened": self._opened if inside else None,
+            "first": self._first if inside else None,
+            "now": _capture(_generators(trainer)),
+        }
+
+    def restore(self, trainer: Any, saved: dict[str, Any]) -> None:
+        """Brings loader and generators to where they were when ``saved`` was taken."""
+        if any(hasattr(loader, "load_state_dict") for loader in _loaders(trainer)):
+            _apply(saved["now"], _generators(trainer))
+            return
+        if saved["batches"] and saved["opened"] is not None:
+            self._opened, self._first = saved["opened"], saved["first"]
+            self._fast_forward(trainer, saved["batches"])
+        else:
+            self._iterate_at_epoch_start = True
+        _apply(saved["now"], _generators(trainer))
+
+    def _fast_forward(self, trainer: Any, batches: int) -> None:
+        fetcher = trainer.fit_loop._data_fetcher
+        generators = _generators(trainer)
+        _apply(self._opened, generators)
+        iter(fetcher)
+        if self._first is not None:
+            _apply(self._first, generators)
+        for _ in range(batches):
+            next(fetcher)
+        # The epoch loop adds the batches of the checkpoint's progress itself.
+        fetcher.fetched, fetcher.done = 0, False
+
+
+def _opens_loader(trainer: Any) -> bool:
+    """Whether the epoch loop is about to call ``iter()`` itself."""
+    fit_loop = trainer.fit_loop
+    return bool(trainer.current_epoch > 0 and not fit_loop.is_resuming and not fit_loop.epoch_loop.restarting)
+
+
+def _loaders(trainer: Any) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def _generators(trainer: Any) -> list[torch.Generator]:
+    return _distinct_generators(_loaders(trainer))
+
+
+def _generators_of(loaders: Any) -> list[torch.Generator]:
+    from torch.utils._pytree import tree_leaves
+
+    flattened = getattr(loaders, "flattened", None)
+    return _distinct_generators(tree_leaves(loaders) if flattened is None else flattened)
+
+
+def _distinct_generators(loaders: list[Any]) -> list[torch.Generator]:
+    found: list[torch.Generator] = []
+    for loader in loaders:
+        if not isinstance(loader, DataLoader):
+            continue
+        holders = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+        for holder in holders:
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator) and not any(generator is one for one in found):
+                found.append(generator)
+    return found
+
+
+def _capture(generators: list[torch.Generator]) -> dict[str, Any]:
+    return {"global": random_state(), "loaders": [generator.get_state() for generator in generators]}
+
+
+def _apply(saved: dict[str, Any] | None, generators: list[torch.Generator]) -> None:
+    if saved is None:
+        return
+    set_random_state(saved["global"])
+    for generator, state in zip(generators, saved["loaders"], strict=False):
+        generator.set_state(state.cpu())
