@@ -11,7 +11,9 @@ from pathlib import Path
 from autotune import __version__
 from autotune.errors import AutotuneError
 
-_RUN_HELP = "a run's directory (the one that holds decisions.jsonl), a directory of runs (the newest is taken), or a log"
+_RUN_HELP = (
+    "a run's directory (the one that holds decisions.jsonl), a directory of runs (the newest is taken), or a log"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -118,7 +118,9 @@ def _decision_traces(run: Run) -> list[Figure]:
         # Two decisions of one kind at one step stand beside each other, or one would hide the other.
         here = (kind, decision.step)
         trace["x"].append(decision.step)
-        trace["y"].append(-lanes[kind] + 0.25 - 0.5 * (placed[here] + 0.5 * (crowd[here] == 1)) / max(crowd[here] - 1, 1))
+        trace["y"].append(
+            -lanes[kind] + 0.25 - 0.5 * (placed[here] + 0.5 * (crowd[here] == 1)) / max(crowd[here] - 1, 1)
+        )
         placed[here] += 1
         trace["hovertext"].append(hover(decision))
         trace["customdata"].append(index)

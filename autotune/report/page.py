@@ -227,7 +227,9 @@ def _configuration(run: Run) -> str:
             f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(spell(value, 6))}</td></tr>'
             for name, value in entries.items()
         )
-        parts.append(f'<div class="scroll"><table><caption>{escape(title)}</caption><tbody>{body}</tbody></table></div>')
+        parts.append(
+            f'<div class="scroll"><table><caption>{escape(title)}</caption><tbody>{body}</tbody></table></div>'
+        )
     return "".join([*parts, "</div></section>"])
 
 

@@ -27,7 +27,7 @@ def candidates_figure(search: Decision) -> Figure | None:
     for status, symbol in STATUS.items():
         group = [c for c in tried if c.get("status", "finished") == status]
         if group:
-            data.append(_candidate_trace(group, status, symbol, _ceiling(tried, search)))
+            data.append(_candidate_trace(group, status, symbol, ceiling(tried, search)))
     layout: dict[str, Any] = {
         "height": 340,
         "xaxis": {**LOG_AXIS, "title": {"text": "learning rate"}, "anchor": "y"},
@@ -135,7 +135,7 @@ def _acquisition_trace(posterior: Mapping[str, Any]) -> Figure | None:
     }
 
 
-def _ceiling(tried: list[Mapping[str, Any]], search: Decision) -> float:
+def ceiling(tried: list[Mapping[str, Any]], search: Decision) -> float:
     """Where to draw a loss that is not finite or that would flatten all the others."""
     found = [y for c in tried if (y := number(c, "loss")) is not None]
     if not found:
@@ -146,11 +146,11 @@ def _ceiling(tried: list[Mapping[str, Any]], search: Decision) -> float:
     return usual + 0.1 * abs(usual - best) if usual > best else usual + 0.1 * abs(usual)
 
 
-def _candidate_trace(group: list[Mapping[str, Any]], status: str, symbol: str, ceiling: float) -> Figure:
+def _candidate_trace(group: list[Mapping[str, Any]], status: str, symbol: str, top: float) -> Figure:
     ys, texts = [], []
     for candidate in group:
         loss = number(candidate, "loss")
-        ys.append(significant(ceiling if loss is None else min(loss, ceiling)))
+        ys.append(significant(top if loss is None else min(loss, top)))
         parts = [f"learning rate {spell(number(candidate, 'lr'))}", f"loss {spell(loss, 5)}"]
         parts.append(f"{status} after {spell(number(candidate, 'steps'))} steps")
         if candidate.get("reason"):
