@@ -17,17 +17,16 @@ over as ``extras``. A module that keeps other state (an object of its own class,
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autotune.pystate import Attributes, Restore, save
+from autotune.randomness import RandomState
 
 #: Attributes every ``nn.Module`` has, apart from its mode: hook tables and the tensor tables kept below.
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
@@ -116,6 +115,15 @@ class Weights:
             if tensor.requires_grad != needs_grad:
                 tensor.requires_grad_(needs_grad)
 
+    def state_dict(self) -> list[Tensor]:
+        """The remembered tensors, on the CPU, in the order of the module's names."""
+        return [buffer.detach().cpu().clone() for buffer in self.copies.buffers]
+
+    def load_state_dict(self, saved: list[Tensor]) -> None:
+        """Remembers ``saved`` instead of the present; the module must have the same names."""
+        self.capture()
+        _copy(self.copies.buffers, saved)
+
 
 class Gradients:
     """The ``.grad`` of every parameter: present, absent, and its content."""
@@ -175,50 +183,33 @@ class OptimizerState:
             group.update({key: restore() for key, restore in settings.items()})
         self._attributes.restore()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered per-parameter state: the parameter's place in the groups, tensors and primitives."""
+        place = {id(p): n for n, p in enumerate(p for group in self._optimizer.param_groups for p in group["params"])}
+        buffers = iter(self.copies.buffers)
+        entries = []
+        for parameter, values, others in self._state:
+            tensors = {key: next(buffers).detach().cpu().clone() for key in values if key not in others}
+            entries.append([place[id(parameter)], tensors, {key: restore() for key, restore in others.items()}])
+        return {"entries": entries}
 
-class RandomState:
-    """The global generators of torch (CPU and every CUDA device), numpy and random."""
-
-    def __init__(self) -> None:
-        self._state: dict[str, Any] = {}
-
-    def capture(self) -> None:
-        """Remembers the generators' states."""
-        self._state = random_state()
-
-    def restore(self) -> None:
-        """Puts them back."""
-        set_random_state(self._state)
-
-
-def random_state() -> dict[str, Any]:
-    """The global generators' states as primitives and tensors (a checkpoint can hold them)."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one is meant
-    version, internal, next_gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [
-            str(name),
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ],
-        "python": [version, list(internal), next_gauss],
-    }
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Remembers ``saved`` instead of the present; the groups' settings are those of the present."""
+        self.capture()
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._state, tensors = [], []
+        for place, values, others in saved["entries"]:
+            parameter = parameters[place]
+            device = {key: _state_device(key, value, parameter) for key, value in values.items()}
+            own = {key: value.to(device[key], copy=True) for key, value in values.items()}
+            tensors += own.values()
+            self._state.append((parameter, {**own, **others}, {key: save(value) for key, value in others.items()}))
+        self.copies.save(tensors)
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse of :func:`random_state`. CUDA devices that are not there are passed over."""
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available():
-        for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state.cpu(), device)
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    version, internal, next_gauss = state["python"]
-    random.setstate((version, tuple(internal), next_gauss))
+def _state_device(key: str, value: Tensor, parameter: Tensor) -> torch.device:
+    # As in torch.optim: step counters stay where the optimizer keeps them unless they live with the parameter.
+    return torch.device("cpu") if key == "step" and value.ndim == 0 and not parameter.is_cuda else parameter.device
 
 
 class ModuleHooks:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.utils.data import (
 
 from autotune.errors import UnsupportedSetupError
 from autotune.pystate import Attributes
-from autotune.snapshot import RandomState, random_state, set_random_state
+from autotune.randomness import RandomState, random_state, set_random_state
 
 #: Batches a search keeps in memory; what goes beyond is read again for every candidate.
 CACHE_BYTES = 512 * 2**20
@@ -35,7 +35,7 @@ CACHE_BYTES = 512 * 2**20
 _STATE_ELEMENTS = 4096
 
 
-def second_loader(combined: Any, seed: int, limits: list[float]) -> Any:
+def second_loader(combined: Any, seed: int, limits: Sequence[float], largest_batch: int | None = None) -> Any:
     """A copy of a ``CombinedLoader`` that can be iterated without touching the original.
 
     Args:
@@ -43,16 +43,28 @@ def second_loader(combined: Any, seed: int, limits: list[float]) -> Any:
         seed: Of the copy's own order.
         limits: Batches that the run takes from each loader an epoch (``limit_train_batches``); infinite
             where there is no limit.
+        largest_batch: Cut batches down to this size where the batching is torch's own.
     """
     clone = copy.copy(combined)
     clone._iterator = None
     clone._limits = None
     loaders = zip(combined.flattened, limits, strict=True)
-    clone.flattened = [_second(loader, seed + index, limit) for index, (loader, limit) in enumerate(loaders)]
+    clone.flattened = [_second(one, seed + index, limit, largest_batch) for index, (one, limit) in enumerate(loaders)]
     return clone
 
 
-def _second(loader: Any, seed: int, limit: float) -> Any:
+def single_loader(loader: Any, seed: int, limit: float, largest_batch: int | None) -> Any:
+    """One loader of a combined one, copied like :func:`second_loader` does."""
+    return _second(loader, seed, limit, largest_batch)
+
+
+def examples_in(batch: Any) -> int:
+    """Examples in a batch: the leading dimension of its first tensor (1 where it holds none)."""
+    sizes = (leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim)
+    return int(next(sizes, 1))
+
+
+def _second(loader: Any, seed: int, limit: float, largest_batch: int | None) -> Any:
     if not isinstance(loader, DataLoader):
         if iter(loader) is loader:
             raise UnsupportedSetupError(
@@ -67,8 +79,8 @@ def _second(loader: Any, seed: int, limit: float) -> Any:
         _refuse_shared_stream(loader.dataset)
     elif _standard(loader):
         own["sampler"] = _shuffled(loader, limit, generator)
-        enough = len(own["sampler"]) >= (loader.batch_size or 1)
-        own["batch_sampler"] = BatchSampler(own["sampler"], loader.batch_size or 1, drop_last=enough)
+        size = min(loader.batch_size or 1, largest_batch or loader.batch_size or 1)
+        own["batch_sampler"] = BatchSampler(own["sampler"], size, drop_last=len(own["sampler"]) >= size)
     elif isinstance(loader.sampler, DistributedSampler):
         own["sampler"] = copy.copy(loader.sampler)
         own["sampler"].set_epoch(seed)
@@ -213,10 +225,16 @@ class _Swapped:
 
 
 class Batches:
-    """A fixed list of batches with a length, handed out as copies: what a probe evaluates on."""
+    """A fixed list of batches with a length, handed out as copies: what a probe evaluates on.
 
-    def __init__(self, batches: list[Any]) -> None:
+    Args:
+        batches: The batches.
+        examples: How many examples they hold, on all ranks.
+    """
+
+    def __init__(self, batches: list[Any], examples: int) -> None:
         self._batches = batches
+        self.examples = examples
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -6,6 +6,8 @@ import logging
 import warnings
 from typing import Any
 
+from autotune.randomness import RandomState
+
 _LOGGER = logging.getLogger("autotune")
 
 
@@ -32,6 +34,40 @@ def window_start(trainer: Any, batch_idx: int) -> bool:
 def window_end(trainer: Any) -> bool:
     """Whether the batch that has just run closed an accumulation window, that is, made an update."""
     return not trainer.fit_loop._should_accumulate()
+
+
+def validation_loader(trainer: Any) -> Any:
+    """The trainer's combined validation loader, asked for now if it was not before; None without validation."""
+    if not trainer.enable_validation:
+        return None
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    if val_loop._combined_loader is None:
+        generators = RandomState()
+        generators.capture()
+        trainer.validating = True
+        try:
+            val_loop.setup_data()
+        finally:
+            trainer.training = True
+            generators.restore()
+    return None if not sum(val_loop._max_batches) else val_loop._combined_loader
+
+
+def surroundings(trainer: Any) -> list[Any]:
+    """Objects beside the module whose plain attributes a step may change: scaler, schedulers, datamodule."""
+    objects = [getattr(trainer.precision_plugin, "scaler", None), trainer.datamodule]
+    objects += [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [item for item in objects if item is not None]
+
+
+def logs_now(trainer: Any) -> bool:
+    """Whether Lightning writes a row of its own for the present step."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def show_on_bar(trainer: Any, values: dict[str, float]) -> None:
+    """Adds values to what the progress bar shows."""
+    trainer.progress_bar_metrics.update(values)
 
 
 class BarText:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from autotune.snapshot import random_state, set_random_state
+from autotune.randomness import random_state, set_random_state
 
 
 class DataPosition:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from autotune.callbacks._trainer.data import Batches
@@ -30,7 +31,15 @@ class SideLoop:
     def __init__(self, trainer: Any, epoch_loop: Any) -> None:
         self._trainer = trainer
         self._loop = epoch_loop
-        self._batch_idx = 0
+        self._start = copy.deepcopy(epoch_loop.automatic_optimization.optim_progress)
+        self._batch_idx = -1
+        self._watch = _BatchWatch()
+        trainer.callbacks = [self._watch]
+
+    def rewind(self) -> None:
+        """Counters go back to where the run is: every candidate sees the same ``global_step``."""
+        self._loop.automatic_optimization.optim_progress = copy.deepcopy(self._start)
+        self._batch_idx = -1
 
     def train_step(self, window: Sequence[Any]) -> float:
         """One optimizer step on an accumulation window of batches, exactly as training would make it.
@@ -45,10 +54,9 @@ class SideLoop:
     def _micro_step(self, batch: Any, ready: int, size: int) -> Tensor | None:
         trainer, loop = self._trainer, self._loop
         call = _calls(trainer)
-        batch_idx = self._batch_idx = 0 if ready == 1 else self._batch_idx + 1
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        self._batch_idx += 1
+        batch_idx = self._batch_idx
+        batch = self._on_device(batch)
         loop.batch_progress.current.ready = ready
         loop.batch_progress.is_last_batch = ready == size
         trainer._logger_connector.on_batch_start(batch)
@@ -60,11 +68,33 @@ class SideLoop:
         loss = outputs.get("loss")
         return loss.detach().float() if isinstance(loss, Tensor) else None
 
-    def evaluate(self, combined: Any, batches: Sequence[Batches]) -> dict[str, float]:
+    def training_losses(self, batches: Iterable[Any]) -> list[float]:
+        """The training loss on ``batches``, in training mode, with no gradient and no step."""
+        trainer, loop = self._trainer, self._loop
+        call = _calls(trainer)
+        losses = []
+        for index, batch in enumerate(batches):
+            batch = self._on_device(batch)
+            trainer._logger_connector.on_batch_start(batch)
+            with torch.no_grad():
+                kwargs = loop._build_kwargs(OrderedDict(), batch, index)
+                output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            losses.append(math.nan if loss is None else float(loss))
+        return losses
+
+    def _on_device(self, batch: Any) -> Any:
+        trainer = self._trainer
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return _calls(trainer)._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+    def evaluate(self, combined: Any, batches: Sequence[Batches]) -> dict[str, tuple[float, list[float]]]:
         """Runs the user's validation over ``batches`` (one list a validation loader).
 
         Returns:
-            What ``validation_step`` and the epoch-end hooks logged, by name.
+            What ``validation_step`` and the epoch-end hooks logged, by name: the value over all batches, and
+            its value on every single batch where it is a plain mean over batches (else an empty list).
         """
         trainer, loop = self._trainer, self._loop.val_loop
         probe = copy.copy(combined)
@@ -75,6 +105,7 @@ class SideLoop:
         loop._last_val_dl_reload_epoch = trainer.current_epoch
         connector = trainer._logger_connector
         first_loop_iter = connector._first_loop_iter
+        self._watch.begin()
         trainer.validating = True
         try:
             loop.run()
@@ -83,7 +114,32 @@ class SideLoop:
             trainer.training = True
             connector._first_loop_iter = first_loop_iter
             connector.reset_metrics()
-        return {name: float(value) for name, value in logged.items() if value.numel() == 1}
+        singles = self._watch.batch_values
+        return {name: (float(value), singles.get(name, [])) for name, value in logged.items() if value.numel() == 1}
+
+
+class _BatchWatch(Callback):
+    """The side loop's only callback: reads off each validation batch's share of a logged mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        self.batch_values: dict[str, list[float]] = {}
+        self._before: dict[str, tuple[float, float]] = {}
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+        for item in trainer._results.values():
+            meta = getattr(item, "meta", None)
+            if meta is None or not item.is_tensor or not meta.is_mean_reduction:
+                continue
+            total, weight = float(item.value), float(item.cumulated_batch_size)
+            total_before, weight_before = self._before.get(meta.name, (0.0, 0.0))
+            self._before[meta.name] = (total, weight)
+            if weight > weight_before:
+                value = (total - total_before) / (weight - weight_before)
+                self.batch_values.setdefault(meta.name, []).append(value)
 
 
 def _calls(trainer: Any) -> Any:
@@ -119,7 +175,6 @@ def side_loop(trainer: Any) -> Iterator[SideLoop]:
     current_fx = trainer.lightning_module._current_fx_name
     dummy_logger, no_profiler = _silent(trainer)
     fit_loop.epoch_loop = _scratch_loop(trainer)
-    trainer.callbacks = []
     trainer._logger_connector = type(trainer._logger_connector)(trainer)
     trainer._loggers = [dummy_logger() for _ in trainer._loggers]
     trainer.profiler = no_profiler()

@@ -1,0 +1,245 @@
+"""Searches: candidates tried on the trainer's own model, from one saved state, on the same batches.
+
+Everything a search changes is put back before the next real update: tensors, generators, counters and loaders by
+:class:`~autotune.snapshot.Snapshot`, the trainer's inside by :func:`~autotune.callbacks._trainer.side_loop.side_loop`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+from autotune.callbacks._probe import ProbeSet
+from autotune.callbacks._trainer.data import Replay, data_state, second_loader
+from autotune.callbacks._trainer.facts import BarText, surroundings
+from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
+from autotune.forecast.published import published_forecast
+from autotune.pystate import Attributes
+from autotune.search.optimizer import Outcome, Proposal, Recommendation, SearchState
+from autotune.search.stopping import TrialStopper
+from autotune.snapshot import Snapshot
+from autotune.stage.machine import Probe
+from autotune.stage.schedule import TrialShape
+
+
+class Searcher(Protocol):
+    """Ask/tell: :class:`~autotune.search.optimizer.LRSearch` and its alternatives."""
+
+    def ask(self, state: SearchState) -> Proposal | None:
+        """The next candidate, or None when done."""
+
+    def tell(self, state: SearchState, outcome: Outcome) -> SearchState:
+        """Takes in one trial."""
+
+    def recommend(self, state: SearchState) -> Recommendation:
+        """The answer."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """How the candidates of one search are tried.
+
+    Attributes:
+        shape: Of a trial's rate; its ``steps`` are the trial's length.
+        target_steps: Updates of the run that the answer is for.
+        allowance: Steps the whole search may cost.
+        forecast_to: Extrapolate each trial's loss to this step (AutoLRS as published); None reads the probe.
+        validate: Whether the published objective takes validation losses (late in the run).
+        stop_early: Whether hopeless candidates are stopped.
+    """
+
+    shape: TrialShape
+    target_steps: float
+    allowance: float
+    forecast_to: int | None = None
+    validate: bool = False
+    stop_early: bool = True
+
+
+@dataclass
+class SearchResult:
+    """What a search found and what it cost.
+
+    Attributes:
+        recommendation: None where no candidate could be tried.
+        outcomes: One a candidate, in order.
+        start: The probe before any trial.
+        trial_steps: Optimizer steps made.
+        cost: The same plus evaluations at their price.
+        seconds: Wall time.
+    """
+
+    start: Probe
+    recommendation: Recommendation | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    trial_steps: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+
+
+class Trials:
+    """Runs searches and probes for one fit.
+
+    Args:
+        trainer: In a running fit.
+        module: Its module.
+        set_rates: Makes the optimizer use these rates (one a group) in the next step; None ends that.
+        ratios: Each group's rate in units of the first group's.
+        seed: Chooses trial and probe batches.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        *,
+        set_rates: Callable[[list[float] | None], None],
+        ratios: Sequence[float],
+        seed: int,
+    ) -> None:
+        self._trainer = trainer
+        self._set_rates = set_rates
+        self._ratios = list(ratios)
+        self._seed = seed
+        extras = [data_state(trainer.fit_loop._combined_loader), Attributes(surroundings(trainer))]
+        self._snapshot = Snapshot.of_training(module, trainer.optimizers[0], extras)
+        self.probe_set: ProbeSet | None = None
+
+    def prepare_probe(self, *, monitor: str | None, mode: str, steps: float) -> None:
+        """Chooses the probe batches, once a fit."""
+        if self.probe_set is None:
+            with self._snapshot.rolled_back():
+                self.probe_set = ProbeSet(self._trainer, monitor=monitor, mode=mode, seed=self._seed, steps=steps)
+
+    @property
+    def probe_cost(self) -> float:
+        """What one probe costs, in steps."""
+        return 0.0 if self.probe_set is None else self.probe_set.cost
+
+    def probe(self) -> Probe:
+        """Evaluates the present weights on the probe batches and leaves no trace."""
+        assert self.probe_set is not None
+        with self._sealed() as loop:
+            return self.probe_set(loop)
+
+    @contextmanager
+    def _sealed(self) -> Iterator[SideLoop]:
+        self._snapshot.capture()
+        try:
+            with side_loop(self._trainer) as loop:
+                yield loop
+        finally:
+            self._set_rates(None)
+            self._snapshot.restore()
+
+    def search(
+        self,
+        searcher: Searcher,
+        begin: Callable[[Probe], SearchState],
+        plan: TrialPlan,
+        *,
+        index: int,
+    ) -> SearchResult:
+        """Tries candidates until the searcher is done or the allowance is spent.
+
+        Args:
+            searcher: Proposes candidates.
+            begin: Makes its first state from the probe of the present weights.
+            plan: How to try them.
+            index: The search's number in the run, from 0; chooses its batches.
+        """
+        assert self.probe_set is not None
+        began = time.monotonic()
+        bar = BarText(self._trainer)
+        batches = self._replay(self._seed + 104729 * (index + 1))
+        try:
+            with self._sealed() as loop:
+                result = SearchResult(self.probe_set(loop), cost=self.probe_set.cost)
+                self._snapshot.restore()
+                state = begin(result.start)
+                if math.isfinite(result.start.loss):
+                    state = self._candidates(loop, searcher, state, plan, batches, result, bar, index)
+                if any(outcome.status != "diverged" for outcome in result.outcomes):
+                    result.recommendation = searcher.recommend(state)
+        finally:
+            bar.clear()
+        result.seconds = time.monotonic() - began
+        return result
+
+    def _candidates(
+        self,
+        loop: SideLoop,
+        searcher: Searcher,
+        state: SearchState,
+        plan: TrialPlan,
+        batches: Replay,
+        result: SearchResult,
+        bar: BarText,
+        index: int,
+    ) -> SearchState:
+        best: Outcome | None = None
+        while (proposal := searcher.ask(state)) is not None:
+            if result.cost + plan.shape.steps + self.probe_cost > plan.allowance:
+                break
+            text = f"AutoLRS search {index + 1}: trial {len(result.outcomes) + 1}"
+            outcome, reason = self._trial(
+                loop, proposal.log_lr, plan, batches, best, lambda at, t=text: bar.show(t + at)
+            )
+            self._snapshot.restore()
+            loop.rewind()
+            result.outcomes.append(outcome)
+            result.reasons.append(reason or proposal.reason)
+            result.trial_steps += outcome.steps
+            result.cost += outcome.steps + (self.probe_cost if outcome.status == "finished" else 0.0)
+            state = searcher.tell(state, outcome)
+            if outcome.status == "finished" and (best is None or outcome.loss < best.loss):
+                best = outcome
+        return state
+
+    def _trial(
+        self,
+        loop: SideLoop,
+        log_lr: float,
+        plan: TrialPlan,
+        batches: Replay,
+        best: Outcome | None,
+        show: Callable[[str], None],
+    ) -> tuple[Outcome, str]:
+        assert self.probe_set is not None
+        stopper = TrialStopper()
+        steps, lr = plan.shape.steps, math.exp(log_lr)
+        window = min(self._trainer.accumulate_grad_batches, self._trainer.num_training_batches)
+        source = iter(batches)
+        curve: list[float] = []
+        shown = 0.0
+        for step in range(steps):
+            rate = lr * plan.shape(step)
+            self._set_rates([rate * ratio for ratio in self._ratios])
+            curve.append(loop.train_step(list(islice(source, int(window)))))
+            if time.monotonic() - shown > 0.2:
+                shown = time.monotonic()
+                show(f", step {step + 1}/{steps}")
+            verdict = stopper.judge(curve, None if best is None else list(best.curve), steps, curve[0])
+            if verdict.stop and (plan.stop_early or verdict.status == "diverged"):
+                return Outcome(log_lr, steps, curve[-1], len(curve), verdict.status, tuple(curve)), verdict.reason
+        if plan.forecast_to is not None and not plan.validate:
+            loss = published_forecast(curve, plan.forecast_to)
+        else:
+            loss = self.probe_set(loop).loss
+        status = "finished" if math.isfinite(loss) else "diverged"
+        return Outcome(log_lr, steps, loss, len(curve), status, tuple(curve)), ""
+
+    def _replay(self, seed: int) -> Replay:
+        combined = self._trainer.fit_loop._combined_loader
+        limits = list(combined.limits)
+
+        def open_stream() -> Iterator[Any]:
+            return (batch for batch, _, _ in second_loader(combined, seed, limits))
+
+        return Replay(open_stream)
