@@ -26,6 +26,9 @@ from autotune.snapshot import Snapshot
 from autotune.stage.machine import Probe
 from autotune.stage.schedule import TrialShape
 
+#: Steps made to learn how long one takes; the median leaves the first, slow ones out.
+_TIMING_STEPS = 5
+
 
 class Searcher(Protocol):
     """Ask/tell: :class:`~autotune.search.optimizer.LRSearch` and its alternatives."""
@@ -41,23 +44,23 @@ class Searcher(Protocol):
 
 
 @dataclass(frozen=True)
-class TrialPlan:
-    """How the candidates of one search are tried.
+class PlannedLeg:
+    """How the candidates of one leg of a search are tried.
 
     Attributes:
+        searcher: Proposes them.
+        begin: Makes the searcher's first state from the probe of the present weights and the search's trials so far.
         shape: Of a trial's rate; its ``steps`` are the trial's length.
-        target_steps: Updates of the run that the answer is for.
-        allowance: Steps the whole search may cost.
-        forecast_to: Extrapolate each trial's loss to this step (AutoLRS as published); None reads the probe.
-        validate: Whether the published objective takes validation losses (late in the run).
+        level: Share of its peak at which the run's rate stands now; a candidate is a peak.
+        forecast_to: Extrapolate each trial's training loss to this step (AutoLRS as published); None reads the probe.
         stop_early: Whether hopeless candidates are stopped.
     """
 
+    searcher: Searcher
+    begin: Callable[[Probe, tuple[Outcome, ...]], SearchState]
     shape: TrialShape
-    target_steps: float
-    allowance: float
+    level: float = 1.0
     forecast_to: int | None = None
-    validate: bool = False
     stop_early: bool = True
 
 
@@ -138,21 +141,25 @@ class Trials:
             self._set_rates(None)
             self._snapshot.restore()
 
-    def search(
-        self,
-        searcher: Searcher,
-        begin: Callable[[Probe], SearchState],
-        plan: TrialPlan,
-        *,
-        index: int,
-    ) -> SearchResult:
-        """Tries candidates until the searcher is done or the allowance is spent.
+    def time_a_step(self, rate: float) -> tuple[float, int]:
+        """Seconds one optimizer step takes, and the steps that were spent on timing it."""
+        with self._sealed() as loop:
+            source = iter(self._replay(self._seed + 15485863))
+            self._set_rates([rate * ratio for ratio in self._ratios])
+            times = []
+            for _ in range(_TIMING_STEPS):
+                began = time.monotonic()
+                loop.train_step(list(islice(source, self._window())))
+                times.append(time.monotonic() - began)
+        return max(sorted(times)[len(times) // 2], 1e-6), _TIMING_STEPS
+
+    def search(self, legs: Sequence[PlannedLeg], *, index: int, allowance: float) -> SearchResult:
+        """Tries the candidates of one leg after the other, each leg knowing the trials of those before.
 
         Args:
-            searcher: Proposes candidates.
-            begin: Makes its first state from the probe of the present weights.
-            plan: How to try them.
+            legs: At least one.
             index: The search's number in the run, from 0; chooses its batches.
+            allowance: Steps the whole search may cost; a candidate that might not fit in is not begun.
         """
         assert self.probe_set is not None
         began = time.monotonic()
@@ -162,78 +169,80 @@ class Trials:
             with self._sealed() as loop:
                 result = SearchResult(self.probe_set(loop), cost=self.probe_set.cost)
                 self._snapshot.restore()
-                state = begin(result.start)
                 if math.isfinite(result.start.loss):
-                    state = self._candidates(loop, searcher, state, plan, batches, result, bar, index)
-                if any(outcome.status != "diverged" for outcome in result.outcomes):
-                    result.recommendation = searcher.recommend(state)
+                    for leg in legs:
+                        self._run_leg(loop, leg, batches, result, bar, f"AutoLRS search {index + 1}", allowance)
         finally:
             bar.clear()
         result.seconds = time.monotonic() - began
         return result
 
-    def _candidates(
+    def _run_leg(
         self,
         loop: SideLoop,
-        searcher: Searcher,
-        state: SearchState,
-        plan: TrialPlan,
+        leg: PlannedLeg,
         batches: Replay,
         result: SearchResult,
         bar: BarText,
-        index: int,
-    ) -> SearchState:
+        text: str,
+        allowance: float,
+    ) -> None:
+        state = leg.begin(result.start, tuple(result.outcomes))
         best: Outcome | None = None
-        while (proposal := searcher.ask(state)) is not None:
-            if result.cost + plan.shape.steps + self.probe_cost > plan.allowance:
+        tried = 0
+        while (proposal := leg.searcher.ask(state)) is not None:
+            if result.cost + leg.shape.steps + self.probe_cost > allowance:
                 break
-            text = f"AutoLRS search {index + 1}: trial {len(result.outcomes) + 1}"
-            outcome, reason = self._trial(
-                loop, proposal.log_lr, plan, batches, best, lambda at, t=text: bar.show(t + at)
-            )
+            tried += 1
+            bar_text = f"{text}: trial {len(result.outcomes) + 1}"
+            outcome, reason = self._trial(loop, proposal.log_lr, leg, batches, best, bar, bar_text)
             self._snapshot.restore()
             loop.rewind()
             result.outcomes.append(outcome)
             result.reasons.append(reason or proposal.reason)
             result.trial_steps += outcome.steps
             result.cost += outcome.steps + (self.probe_cost if outcome.status == "finished" else 0.0)
-            state = searcher.tell(state, outcome)
+            state = leg.searcher.tell(state, outcome)
             if outcome.status == "finished" and (best is None or outcome.loss < best.loss):
                 best = outcome
-        return state
+        if tried and any(outcome.status != "diverged" for outcome in result.outcomes):
+            result.recommendation = leg.searcher.recommend(state)
 
     def _trial(
         self,
         loop: SideLoop,
         log_lr: float,
-        plan: TrialPlan,
+        leg: PlannedLeg,
         batches: Replay,
         best: Outcome | None,
-        show: Callable[[str], None],
+        bar: BarText,
+        text: str,
     ) -> tuple[Outcome, str]:
         assert self.probe_set is not None
         stopper = TrialStopper()
-        steps, lr = plan.shape.steps, math.exp(log_lr)
-        window = min(self._trainer.accumulate_grad_batches, self._trainer.num_training_batches)
+        steps, lr = leg.shape.steps, math.exp(log_lr)
         source = iter(batches)
         curve: list[float] = []
         shown = 0.0
         for step in range(steps):
-            rate = lr * plan.shape(step)
+            rate = lr * leg.level * leg.shape(step)
             self._set_rates([rate * ratio for ratio in self._ratios])
-            curve.append(loop.train_step(list(islice(source, int(window)))))
+            curve.append(loop.train_step(list(islice(source, self._window()))))
             if time.monotonic() - shown > 0.2:
                 shown = time.monotonic()
-                show(f", step {step + 1}/{steps}")
+                bar.show(f"{text}, step {step + 1}/{steps}")
             verdict = stopper.judge(curve, None if best is None else list(best.curve), steps, curve[0])
-            if verdict.stop and (plan.stop_early or verdict.status == "diverged"):
+            if verdict.stop and (leg.stop_early or verdict.status == "diverged"):
                 return Outcome(log_lr, steps, curve[-1], len(curve), verdict.status, tuple(curve)), verdict.reason
-        if plan.forecast_to is not None and not plan.validate:
-            loss = published_forecast(curve, plan.forecast_to)
+        if leg.forecast_to is not None:
+            loss = published_forecast(curve, leg.forecast_to)
         else:
             loss = self.probe_set(loop).loss
         status = "finished" if math.isfinite(loss) else "diverged"
         return Outcome(log_lr, steps, loss, len(curve), status, tuple(curve)), ""
+
+    def _window(self) -> int:
+        return int(min(self._trainer.accumulate_grad_batches, self._trainer.num_training_batches))
 
     def _replay(self, seed: int) -> Replay:
         combined = self._trainer.fit_loop._combined_loader

@@ -49,6 +49,64 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return optimizer.param_groups  # type: ignore[no-any-return]
 
 
+class RateDriver:
+    """Sets an optimizer's rates: its own where there is no scheduler, a multiplier on the user's where there is one.
+
+    Args:
+        optimizer: The trainer's.
+        scheduled: Whether the user has a scheduler.
+        ratios: Each group's rate in units of the first group's; read off the optimizer when None.
+    """
+
+    def __init__(self, optimizer: Any, *, scheduled: bool, ratios_: list[float] | None = None) -> None:
+        self._optimizer = optimizer
+        self._reference = initial_rates(optimizer)
+        self.ratios = ratios(self._reference) if ratios_ is None else list(ratios_)
+        self._scaled = ScaledSteps(optimizer) if scheduled else None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether rates are multipliers on a user's scheduler."""
+        return self._scaled is not None
+
+    @property
+    def reference(self) -> float:
+        """The first group's rate as the optimizer was built (under a scheduler: its peak)."""
+        return self._reference[0]
+
+    def level(self, shape: float) -> float:
+        """The share of its peak at which the rate stands now: the scheduler's, or ``shape``."""
+        if self._scaled is None or self.reference <= 0.0:
+            return shape
+        return current_rates(self._optimizer)[0] / self.reference
+
+    def apply(self, peak: float, shape: float) -> None:
+        """Makes the next update run at ``peak``, times ``shape`` or times what the scheduler makes of it."""
+        if self._scaled is None:
+            set_rates(self._optimizer, [peak * shape * ratio for ratio in self.ratios])
+        else:
+            self._scaled.multiplier = peak / self.reference
+
+    def trial(self, rates: list[float] | None) -> None:
+        """Makes the next steps run at exactly ``rates``, one a group; None ends that."""
+        if self._scaled is not None:
+            self._scaled.override(rates)
+        elif rates is not None:
+            set_rates(self._optimizer, rates)
+
+    @property
+    def last(self) -> float:
+        """The first group's rate in the last update."""
+        if self._scaled is not None and self._scaled.effective:
+            return self._scaled.effective[0]
+        return current_rates(self._optimizer)[0]
+
+    def remove(self) -> None:
+        """Takes hooks off the optimizer."""
+        if self._scaled is not None:
+            self._scaled.remove()
+
+
 class ScaledSteps:
     """Multiplies the rates a user's scheduler sets, only while ``optimizer.step`` runs.
 
