@@ -1,1 +1,5 @@
 """The Lightning callbacks. Shipped as ``autotune.callbacks``; never import this folder as ``callbacks``."""
+
+from autotune.callbacks.decision_logger import DecisionLogger
+
+__all__ = ["DecisionLogger"]

@@ -186,11 +186,19 @@ def _flat(numbers: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             found.update(_flat(value, f"{prefix}{key}/"))
         else:
-            found[prefix + key] = value if isinstance(value, (bool, int, float, str)) else spell(value, 6)
+            found[prefix + key] = _primitive(value)
     return found
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    return value if isinstance(value, (bool, int, float, str)) or value is None else spell(value, 6)
+    return None if value is None else _primitive(value)
+
+
+def _primitive(value: Any) -> bool | int | float | str:
+    """``value`` in an exact built-in type: a YAML dump of a subclass (torch's version is one) cannot be loaded."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return spell(value, 6)

@@ -9,9 +9,11 @@ from lightning.pytorch.callbacks import Callback
 
 from autotune.callbacks._dashboards import Dashboard, dashboard_for
 from autotune.callbacks._run_log import RunLog
+from autotune.callbacks._trainer.bar import BarItems
 from autotune.callbacks._trainer.facts import warn
 from autotune.decision import Decision, read_decisions
 from autotune.errors import LogFormatError
+from autotune.report.values import spell
 
 
 class DecisionLogger(Callback):
@@ -34,7 +36,7 @@ class DecisionLogger(Callback):
         self._dashboards: list[Dashboard] = []
         self._decisions: list[Decision] = []
         self._path: Path | None = None
-        self._shown: tuple[float | None, float | None] = (None, None)
+        self._bar: BarItems | None = None
 
     @property
     def path(self) -> Path | None:
@@ -51,19 +53,9 @@ class DecisionLogger(Callback):
         self._dashboards = [] if quiet else [dashboard_for(logger) for logger in trainer.loggers]
         self._run_log.subscribe(self._on_decision)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keeps learning rate and batch on the progress bar, where there is one."""
-        bar = trainer.progress_bar_callback
-        if bar is None or not getattr(bar, "is_enabled", True):
-            return
-        now = (_attribute(trainer, "lr"), _attribute(trainer, "batch_size"))
-        every = max(int(getattr(bar, "refresh_rate", 1) or 1), 1)
-        if now == self._shown or (batch_idx % every and now[1] == self._shown[1]):
-            return
-        self._shown = now
-        for name, value in zip(("lr", "batch"), now, strict=True):
-            if value is not None:
-                self.log(name, value, prog_bar=True, logger=False)
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Puts learning rate and batch on the progress bar, where there is one."""
+        self._bar = BarItems(trainer, lambda: _in_use(trainer))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """A run that died has its tables too."""
@@ -79,6 +71,9 @@ class DecisionLogger(Callback):
         self._each("decision", decision)
 
     def _finish(self) -> None:
+        if self._bar is not None:
+            self._bar.remove()
+            self._bar = None
         if self._run_log is None:
             return
         self._path, self._run_log = self._run_log.path, None
@@ -101,10 +96,12 @@ class DecisionLogger(Callback):
                 warn(f"{name} takes no further decisions ({type(error).__name__}: {error}); decisions.jsonl has them")
 
 
-def _attribute(trainer: Any, name: str) -> float | None:
-    """What a controller of this trainer has in use now."""
-    for callback in trainer.callbacks:
-        value = getattr(callback, name, None)
-        if isinstance(value, (int, float)) and hasattr(callback, "decisions"):
-            return float(value)
-    return None
+def _in_use(trainer: Any) -> dict[str, str]:
+    """Learning rate and batch that the trainer's controllers have in use now, for a bar."""
+    found = {}
+    for shown, name in {"lr": "lr", "batch": "batch_size"}.items():
+        for callback in trainer.callbacks:
+            value = getattr(callback, name, None)
+            if isinstance(value, (int, float)) and hasattr(callback, "decisions"):
+                found[shown] = spell(value)
+    return found
