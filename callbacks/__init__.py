@@ -1,5 +1,6 @@
 """The Lightning callbacks. Shipped as ``autotune.callbacks``; never import this folder as ``callbacks``."""
 
+from autotune.callbacks.auto_lrs import AutoLRS
 from autotune.callbacks.decision_logger import DecisionLogger
 
-__all__ = ["DecisionLogger"]
+__all__ = ["AutoLRS", "DecisionLogger"]

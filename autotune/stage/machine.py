@@ -130,7 +130,7 @@ class StageMachine:
 
     def begun(self, state: StageState, progress: float, step: int, probe: Probe | None) -> StageState:
         """A stage begins, with what the probe says of the weights it begins with."""
-        length = self._length(state.index)
+        length = self.length(state.index)
         end = progress + length
         if self.known_end and end + 0.5 * length >= 1.0:
             end = 1.0
@@ -184,7 +184,8 @@ class StageMachine:
         """The stage is over now, whatever its clock says."""
         return replace(state, end=min(state.end, progress)) if state.index else state
 
-    def _length(self, index: int) -> float:
+    def length(self, index: int) -> float:
+        """Length of the stage after ``index`` stages, in progress."""
         length = self.first * self.growth**index
         return length if self.known_end else min(length, self.longest)
 

@@ -36,6 +36,11 @@ class SearchPolicy:
         local: Candidates of a later search, the current rate among them.
         shortest: Trials below this many steps say nothing; there are fewer of them instead.
         probe_share: What one probe may cost, as a share of a fine trial.
+        first_share: Share of the whole budget that the first search may take; the rest pays for probes and later
+            searches.
+        drift: Prior mean of the drift of the best rate with the horizon (see :mod:`autotune.search.surrogate`).
+        drift_sd: Its standard deviation.
+        offset_sd: How far the levels of two horizons' bowls may lie apart, in u.
     """
 
     coarse: int = 7
@@ -44,6 +49,10 @@ class SearchPolicy:
     local: int = 4
     shortest: int = 3
     probe_share: float = 0.1
+    first_share: float = 0.85
+    drift: float = 0.0
+    drift_sd: float = 0.15
+    offset_sd: float = 0.1
 
     def probe_steps(self, allowance: float) -> float:
         """What one probe may cost in steps, given what the first search may."""

@@ -1,0 +1,286 @@
+"""Searches for a learning rate by trials: ask for one, tell what became of it, and read the recommendation.
+
+Notation: as in :mod:`autotune.search.surrogate`.
+
+:class:`LRSearch` is this project's: informative prior, horizon-aware surrogate, current learning rate first.
+:class:`GridSearch` spends the same trials on a fixed grid, for the ablation. AutoLRS's own search is in
+:mod:`autotune.search.published`. All three keep configuration in the object and what evolves in a
+:class:`~autotune.search.state.SearchState`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from autotune.errors import ConfigurationError
+from autotune.search._model import Hyperparameters
+from autotune.search.acquisition import MIN_GAP, Proposal, acquisition_values, propose
+from autotune.search.space import LogSpace
+from autotune.search.state import (
+    Outcome,
+    PosteriorRow,
+    Recommendation,
+    SearchState,
+    begin,
+    progress_fraction,
+    record,
+)
+from autotune.search.surrogate import Posterior, Surrogate, SurrogatePrior, fit_surrogate
+
+#: A search that starts from a current learning rate stays within this factor of it.
+LOCAL_FACTOR = 8.0
+#: Where good learning rates lie before anything is known: around 1e-3, one and a half decades to each side.
+_TYPICAL_LR = 1e-3
+_TYPICAL_REACH = 1.5 * math.log(10.0)
+_INNER = 0.35  # of the interval's width: an initial design stays this close to its middle
+_GRID = 161
+_TABLE = 41
+_NOTHING = Recommendation(math.nan, math.nan, math.nan, math.nan, False, 0.0, math.nan, math.nan, "no trial finished")
+
+
+class LRSearch:
+    """Bayesian optimization over log learning rate with a lower confidence bound.
+
+    Args:
+        space: Bounds.
+        candidates: Trials of one search, the current learning rate's included.
+        beta: Weight of the uncertainty in the bound.
+        initial_points: Learning rates of the first search's initial design; None for three around 1e-3. Where
+            one diverges, larger ones are left out.
+        min_progress: Share of the starting loss that the best trial must have taken off to be believed.
+        prior: Of the surrogate.
+        seed: Has no influence: nothing here is drawn at random. Kept so that all searches are built alike.
+
+    Raises:
+        ConfigurationError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        space: LogSpace | None = None,
+        *,
+        candidates: int = 7,
+        beta: float = 1.0,
+        initial_points: Sequence[float] | None = None,
+        min_progress: float = 0.02,
+        prior: SurrogatePrior | None = None,
+        seed: int = 0,
+    ) -> None:
+        if candidates < 1:
+            raise ConfigurationError(f"LRSearch: candidates must be at least 1; got {candidates!r}")
+        if not (math.isfinite(beta) and beta >= 0):
+            raise ConfigurationError(f"LRSearch: beta must be finite and at least 0; got {beta!r}")
+        self.space = space or LogSpace()
+        self.candidates = candidates
+        self.beta = beta
+        self.min_progress = min_progress
+        self.prior = prior or SurrogatePrior()
+        self.seed = seed
+        self._design = _initial_design(self.space, initial_points)
+
+    def init(
+        self,
+        initial_loss: float,
+        horizon_steps: int,
+        target_horizon_steps: int,
+        current_log_lr: float | None = None,
+        history: tuple[Outcome, ...] = (),
+    ) -> SearchState:
+        """A search with no trial yet.
+
+        Args:
+            initial_loss: Loss before any step.
+            horizon_steps: Of each trial.
+            target_horizon_steps: Of the training that follows.
+            current_log_lr: The learning rate in use, which becomes the first candidate; None without one.
+            history: Trials of earlier searches; ``SearchState.earlier`` gives them.
+        """
+        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history))
+
+    def ask(self, state: SearchState) -> Proposal | None:
+        """The next trial, or None when all candidates were tried or the space holds no new one."""
+        if len(state.outcomes) >= self.candidates:
+            return None
+        if state.current_log_lr is not None:
+            if not state.outcomes:
+                return Proposal(self.space.clip(state.current_log_lr), "the current learning rate")
+        else:
+            point = self._next_of_design(state)
+            if point is not None:
+                return Proposal(point, "initial design")
+        return propose(
+            self.surrogate(state).posterior,
+            self._reach(state).grid(_GRID),
+            _observed(state),
+            horizon_steps=state.horizon_steps,
+            beta=self.beta,
+        )
+
+    def tell(self, state: SearchState, outcome: Outcome) -> SearchState:
+        """The state after a trial; its hyperparameters are those of a fit to all trials so far."""
+        state = record(state, outcome)
+        fitted = self.surrogate(state)
+        if fitted.fit in ("map", "restart"):
+            return replace(state, hyperparameters=fitted.hyperparameters.values(), fit=fitted.fit)
+        return replace(state, fit=fitted.fit)
+
+    def recommend(self, state: SearchState) -> Recommendation:
+        """What the trials say; without progress the largest learning rate that did no harm, or the current one."""
+        fraction = progress_fraction(state)
+        fitted = self.surrogate(state)
+        if fitted.posterior is None or fraction < self.min_progress:
+            return self._without_progress(state, fitted, fraction)
+        posterior, reach = fitted.posterior, self._reach(state)
+        grid = reach.grid(4 * _GRID)
+        trial_mean, _ = posterior.predict(grid, state.horizon_steps)
+        optimum = float(grid[int(trial_mean.argmin())])
+        drifted = optimum - posterior.drift * math.log(state.target_horizon_steps / state.horizon_steps)
+        log_lr = self.space.clip(drifted)
+        mean, sd = posterior.predict(torch.tensor([log_lr], dtype=torch.float64), state.target_horizon_steps)
+        gap, gap_sd = math.nan, math.nan
+        if state.current_log_lr is not None:
+            gap, gap_sd = posterior.difference(state.current_log_lr, log_lr, state.target_horizon_steps)
+        reason = (
+            f"lowest posterior mean at {math.exp(optimum):.3g} after {state.horizon_steps} steps, shifted by "
+            f"drift {posterior.drift:.2f} to {state.target_horizon_steps} steps ({fitted.reason})"
+        )
+        table = self._table(posterior, state, reach.grid(_TABLE))
+        return Recommendation(optimum, log_lr, float(mean), float(sd), True, fraction, gap, gap_sd, reason, table)
+
+    def surrogate(self, state: SearchState) -> Surrogate:
+        """The surrogate fitted to all trials of this search and of earlier ones."""
+        last = None if state.hyperparameters is None else Hyperparameters(*state.hyperparameters)
+        return fit_surrogate(
+            [o.observation for o in (*state.history, *state.outcomes)],
+            initial_loss=state.initial_loss,
+            horizon_steps=state.horizon_steps,
+            target_horizon_steps=state.target_horizon_steps,
+            prior=self.prior,
+            last=last,
+        )
+
+    def _reach(self, state: SearchState) -> LogSpace:
+        if state.current_log_lr is None:
+            return self.space
+        return self.space.around(state.current_log_lr, LOCAL_FACTOR)
+
+    def _next_of_design(self, state: SearchState) -> float | None:
+        """The first point of the initial design that is neither tried nor above a diverged one."""
+        ceiling = min((o.log_lr for o in state.outcomes if o.status == "diverged"), default=math.inf)
+        tried = _observed(state)
+        for point in self._design:
+            if point < ceiling and all(abs(point - x) >= MIN_GAP for x in tried):
+                return point
+        return None
+
+    def _without_progress(self, state: SearchState, fitted: Surrogate, fraction: float) -> Recommendation:
+        harmless = [o for o in state.outcomes if o.status == "finished" and o.loss <= state.initial_loss]
+        said = f"the best trial took {100 * fraction:.1f} % off the loss, too little to rank by ({fitted.reason})"
+        if state.current_log_lr is not None:
+            log_lr, why = self.space.clip(state.current_log_lr), f"{said}: the current learning rate stays"
+        elif harmless:
+            log_lr, why = max(o.log_lr for o in harmless), f"{said}: the largest that did no harm"
+        else:
+            return replace(_NOTHING, reason=said)
+        return replace(_NOTHING, log_lr_trial_optimum=log_lr, log_lr=log_lr, progress_fraction=fraction, reason=why)
+
+    def _table(self, posterior: Posterior, state: SearchState, grid: Tensor) -> tuple[PosteriorRow, ...]:
+        mean, sd = posterior.predict(grid, state.horizon_steps)
+        value = acquisition_values(posterior, grid, state.horizon_steps, self.beta)
+        rows = zip(grid.exp().tolist(), mean.tolist(), sd.tolist(), value.tolist(), strict=True)
+        return tuple(PosteriorRow(*row) for row in rows)
+
+
+class GridSearch:
+    """The same number of trials on a fixed grid of log learning rates; the best finished one is recommended.
+
+    Args:
+        space: Bounds.
+        candidates: Grid points; with a current learning rate it is the first and the rest lie around it.
+        drift: The recommendation is shifted by ``(h / H)^drift``, as :class:`LRSearch` expects beforehand.
+        seed: Has no influence.
+
+    Raises:
+        ConfigurationError: There is no candidate.
+    """
+
+    def __init__(
+        self, space: LogSpace | None = None, *, candidates: int = 7, drift: float = 0.1, seed: int = 0
+    ) -> None:
+        if candidates < 1:
+            raise ConfigurationError(f"GridSearch: candidates must be at least 1; got {candidates!r}")
+        self.space = space or LogSpace()
+        self.candidates = candidates
+        self.drift = drift
+        self.seed = seed
+
+    def init(
+        self,
+        initial_loss: float,
+        horizon_steps: int,
+        target_horizon_steps: int,
+        current_log_lr: float | None = None,
+        history: tuple[Outcome, ...] = (),
+    ) -> SearchState:
+        """As :meth:`LRSearch.init`; the history is kept and not used."""
+        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history))
+
+    def ask(self, state: SearchState) -> Proposal | None:
+        """The next grid point, from the smallest up; None when all were tried."""
+        done = len(state.outcomes)
+        if done >= self.candidates:
+            return None
+        if state.current_log_lr is None:
+            return Proposal(_fractions(self.space, self.candidates)[done], "grid")
+        if done == 0:
+            return Proposal(self.space.clip(state.current_log_lr), "the current learning rate")
+        around = self.space.around(state.current_log_lr, LOCAL_FACTOR)
+        return Proposal(_fractions(around, self.candidates - 1)[done - 1], "grid")
+
+    def tell(self, state: SearchState, outcome: Outcome) -> SearchState:
+        """The state after a trial."""
+        return record(state, outcome)
+
+    def recommend(self, state: SearchState) -> Recommendation:
+        """The best finished trial, shifted by the fixed drift."""
+        return best_observed(state, self.space, self.drift)
+
+
+def best_observed(state: SearchState, space: LogSpace, drift: float) -> Recommendation:
+    """The finished trial with the lowest loss, shifted to the target horizon by a fixed drift."""
+    best, fraction = state.best, progress_fraction(state)
+    if best is None:
+        return _NOTHING
+    log_lr = space.clip(best.log_lr - drift * math.log(state.target_horizon_steps / state.horizon_steps))
+    reason = f"lowest loss of {len(state.outcomes)} trials"
+    return Recommendation(best.log_lr, log_lr, 0.0, math.nan, fraction > 0, fraction, math.nan, math.nan, reason)
+
+
+def _fractions(space: LogSpace, points: int) -> list[float]:
+    """Middles of equal parts: the ends of an interval are rarely worth a trial."""
+    return [space.log_low + space.width * (k + 0.5) / points for k in range(points)]
+
+
+def _initial_design(space: LogSpace, points: Sequence[float] | None) -> tuple[float, ...]:
+    """Log learning rates of the first trials: the middle, above, below."""
+    if points is not None:
+        if not all(math.isfinite(p) and space.low <= p <= space.high for p in points):
+            raise ConfigurationError(
+                f"LRSearch: initial_points are learning rates inside {space.low:g} … {space.high:g}; got {points!r}"
+            )
+        return tuple(math.log(p) for p in points)
+    middle, inner = 0.5 * (space.log_low + space.log_high), _INNER * space.width
+    centre = min(max(math.log(_TYPICAL_LR), middle - inner), middle + inner)
+    reach = min(_TYPICAL_REACH, inner)
+    above, below = min(centre + reach, space.log_high), max(centre - reach, space.log_low)
+    return (centre, above, below)
+
+
+def _observed(state: SearchState) -> list[float]:
+    """Log learning rates already tried at this horizon in this search."""
+    return [o.log_lr for o in state.outcomes if o.horizon_steps == state.horizon_steps]
