@@ -15,7 +15,7 @@ from torch import Tensor
 from autotune.callbacks._lr_search import LRSearches, SearchOutcome
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer import horizon as horizons
-from autotune.callbacks._trainer.facts import exempt_from_time_limit, inform
+from autotune.callbacks._trainer.facts import inform
 from autotune.callbacks._trainer.rates import RateDriver
 from autotune.callbacks._trials import Trials
 from autotune.decision import Decision
@@ -201,7 +201,7 @@ class LRRun:
         self._prepared = True
         if math.isnan(self.updates):
             seconds, steps = self.trials.time_a_step(0.0)
-            exempt_from_time_limit(self.trainer, seconds * steps)
+            horizons.exempt_from_time_limit(self.trainer, seconds * steps)
             self._pay(steps, steps)
             self._first_cost += steps
             self._set_updates(self.horizon.total / seconds)
@@ -231,7 +231,7 @@ class LRRun:
             self._first_cost += outcome.cost
         self._pay(outcome.cost, outcome.trial_steps)
         self._search_seconds += outcome.seconds
-        exempt_from_time_limit(self.trainer, outcome.seconds)
+        horizons.exempt_from_time_limit(self.trainer, outcome.seconds)
         previous = self.state.lr
         self.state = self.machine.searched(self.state, outcome.lr)
         numbers = {**outcome.numbers, "lr": outcome.lr, "previous_lr": previous, "index": self.state.searches - 1}
@@ -437,21 +437,25 @@ class LRRun:
             self._replan(saved)
         self._searches.load_state_dict(saved["searches"])
 
+    def _plan_anew(self) -> None:
+        """The end, unknown until now, is known: the clock goes on in shares of it."""
+        before = self.updates
+        self._plan()
+        self._move_clock(before / self.updates, "became known")
+
     def _replan(self, saved: dict[str, Any]) -> None:
         """A resumed run may have another end: the clock is moved to where the same work stands now."""
         unit, total = saved["horizon"]
-        if (
-            [unit, total] == [self.horizon.unit, self.horizon.total]
-            or not self.horizon.known
-            or unit != self.horizon.unit
-        ):
-            return
-        scale = total / self.horizon.total
-        end = self.state.end * scale
-        if self.state.end >= 1.0 and scale < 1.0:
-            end = min(self.progress + self.machine.first * self.machine.growth ** (self.state.index - 1), 1.0)
-        self.state = replace(
-            self.state, start=self.state.start * scale, end=end, forecast_due=self.state.forecast_due * scale
-        )
-        numbers = {"unit": unit, "total": self.horizon.total, "previous_total": total}
-        self.record("setup", "replan", f"the run now ends at {self.horizon.total:g} {unit}", numbers=numbers)
+        same_unit = unit == self.horizon.unit and self.horizon.known
+        if same_unit and total != self.horizon.total:
+            self._move_clock(total / self.horizon.total, f"was {total:g}")
+
+    def _move_clock(self, scale: float, was: str) -> None:
+        state, progress = self.state, self.progress
+        end = state.end * scale
+        if not progress < end < 1.0 or state.end >= 1.0:
+            end = min(progress + self.machine.length(state.index - 1), 1.0)
+        self.state = replace(state, start=state.start * scale, end=end, forecast_due=state.forecast_due * scale)
+        numbers = {"unit": self.horizon.unit, "total": self.horizon.total}
+        reason = f"the run's end is {self.horizon.total:g} {self.horizon.unit} (it {was}): the rest is planned anew"
+        self.record("setup", "replan", reason, numbers=numbers)

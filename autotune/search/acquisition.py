@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def largest_gap(grid: Tensor, observed: Sequence[float], *, min_gap: float = MIN
     low, high = float(grid[0]), float(grid[-1])
     inside = sorted({x for x in observed if low <= x <= high})
     edges = [low, *inside, high]
-    start, end = max(zip(edges, edges[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+    start, end = max(pairwise(edges), key=lambda pair: pair[1] - pair[0])
     middle = grid[(grid - 0.5 * (start + end)).abs().argmin()]
     if float(_distance(middle[None], observed)) < min_gap:
         return None

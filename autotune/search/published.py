@@ -8,8 +8,8 @@ Notation:
 Source: Jin et al., AutoLRS, ICLR 2021 (arXiv 2105.10762), section 4.1 and the released code: one random learning
 rate, then a GP over log learning rate, built anew in each search and fitted by marginal likelihood, proposes the
 minimiser of the lower confidence bound of the *forecast* losses; a NaN counts as 1e6; the best candidate is the one
-with the lowest forecast; the current learning rate is not a candidate, and there is no drift. The released code fits with
-scikit-optimize; here the GP is BoTorch's default one, and the bound is maximised over a grid.
+with the lowest forecast; the current learning rate is not a candidate, and there is no drift. The released code fits
+with scikit-optimize; here the GP is BoTorch's default one, and the bound is maximised over a grid.
 """
 
 from __future__ import annotations
