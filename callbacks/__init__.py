@@ -2,5 +2,6 @@
 
 from autotune.callbacks.auto_lrs import AutoLRS
 from autotune.callbacks.decision_logger import DecisionLogger
+from autotune.callbacks.replay import ReplaySchedule
 
-__all__ = ["AutoLRS", "DecisionLogger"]
+__all__ = ["AutoLRS", "DecisionLogger", "ReplaySchedule"]

@@ -18,7 +18,7 @@ from autotune.decision import Decision
 from autotune.report.metrics import Series
 from autotune.report.reading import Run
 from autotune.report.tracks import batch_size, examples_axis, forecasts, learning_rate, losses, noise_scale
-from autotune.report.values import number, significant, spell
+from autotune.report.values import significant, spell
 
 Figure: TypeAlias = "dict[str, Any]"
 
@@ -179,7 +179,7 @@ def _loss_traces(run: Run) -> list[Figure]:
                     "mode": "markers",
                     "name": "what came",
                     "uid": "outcome",
-                    "x": [f.target_step for f in true],
+                    "x": [f.came_at for f in true],
                     "y": [significant(f.outcome) for f in true],
                     "marker": {"symbol": "x", "size": 8, "color": "var(--validation)"},
                     "hovertext": [_verdict(f.inside) for f in true],
@@ -278,8 +278,3 @@ def budget_of_curve(count: int) -> int:
     (400, 30)
     """
     return min(max(60_000 // max(count, 1), 20), 400)
-
-
-def search_numbers(search: Decision) -> dict[str, float | None]:
-    """What a search's heading quotes."""
-    return {key: number(search, key) for key in ("index", "lr", "previous_lr", "horizon_steps", "seconds")}

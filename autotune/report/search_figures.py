@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
 from typing import Any
 
 import numpy as np
@@ -10,33 +10,34 @@ import numpy as np
 from autotune.decision import Decision
 from autotune.report.figures import LOG_AXIS, Figure
 from autotune.report.metrics import Series
-from autotune.report.values import column, mapping, number, pairs, records, significant, spell
+from autotune.report.search_data import Candidate, SearchData, search_data
+from autotune.report.values import significant, spell
 
 #: Marker by how a trial ended.
 STATUS = {"finished": "circle", "stopped": "triangle-down", "diverged": "x"}
 
 
 def candidates_figure(search: Decision) -> Figure | None:
-    """Loss over learning rate: the candidates, the posterior with its 95 % band, the acquisition, the choice."""
-    tried = [c for c in records(search, "candidates") if number(c, "lr") is not None]
-    posterior = mapping(search, "posterior")
-    if not tried and not posterior:
+    """The candidates over their learning rates, the posterior with its 95 % band, the acquisition, the choice."""
+    found = search_data(search)
+    if found is None:
         return None
-    data = _posterior_traces(posterior)
-    acquisition = _acquisition_trace(posterior)
-    for status, symbol in STATUS.items():
-        group = [c for c in tried if c.get("status", "finished") == status]
+    data = _posterior_traces(found)
+    statuses = [*STATUS, *sorted({c.status for c in found.candidates} - set(STATUS))]
+    for status in statuses:
+        group = [c for c in found.candidates if c.status == status]
         if group:
-            data.append(_candidate_trace(group, status, symbol, ceiling(tried, search)))
+            data.append(_candidate_trace(group, status, found))
+    title = "progress left undone" if found.in_progress else "loss"
     layout: dict[str, Any] = {
-        "height": 340,
+        "height": 360,
         "xaxis": {**LOG_AXIS, "title": {"text": "learning rate"}, "anchor": "y"},
-        "yaxis": {"domain": [0.3, 1.0] if acquisition else [0.0, 1.0], "title": {"text": "loss"}},
-        "shapes": [_choice_line(lr)] if (lr := number(search, "lr")) else [],
+        "yaxis": {"domain": [0.32, 1.0] if found.acquisition else [0.0, 1.0], "title": {"text": title}},
+        "shapes": [] if found.lr is None else [_choice_line(found.lr)],
     }
-    if acquisition:
-        data.append(acquisition)
-        layout["yaxis2"] = {"domain": [0.0, 0.2], "title": {"text": "acquisition"}, "showticklabels": False}
+    if found.acquisition:
+        data.append(_acquisition_trace(found))
+        layout["yaxis2"] = {"domain": [0.0, 0.2], "title": {"text": "acquis."}, "showticklabels": False}
         layout["xaxis"]["anchor"] = "y2"
     return {"data": data, "layout": layout}
 
@@ -48,133 +49,105 @@ def trials_figure(search: Decision, limit: int) -> Figure | None:
         search: The decision of a search.
         limit: Points that a curve may keep.
     """
-    data = []
-    for index, candidate in enumerate(records(search, "candidates")):
-        curve = [(step, np.nan if y is None else y) for step, y in pairs(candidate, "curve")]
-        if not curve:
-            continue
-        small = Series.of(curve).thinned(limit)
-        lr, status = number(candidate, "lr"), str(candidate.get("status", "finished"))
-        chosen = lr is not None and lr == number(search, "lr")
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": f"{spell(lr)}{' (chosen)' if chosen else ''}",
-                "x": [significant(x) for x in small.steps.tolist()],
-                "y": [significant(y) for y in small.values.tolist()],
-                "line": {
-                    "color": f"var(--run-{index % 6})",
-                    "width": 3 if chosen else 1.5,
-                    "dash": "solid" if status == "finished" else "dot",
-                },
-                "hovertemplate": f"{spell(lr)} ({status}): %{{y:.4g}}<extra></extra>",
-            }
-        )
-    if not data:
+    found = search_data(search)
+    if found is None or not any(c.curve for c in found.candidates):
         return None
-    layout: dict[str, Any] = {"height": 340, "xaxis": {"title": {"text": "trial step"}}}
+    layout: dict[str, Any] = {"height": 360, "xaxis": {"title": {"text": "trial step"}}}
     layout["yaxis"] = {"title": {"text": "loss"}}
-    if (view := _view(search)) is not None:
-        layout["yaxis"]["range"] = view
+    if found.view is not None:
+        layout["yaxis"]["range"] = [significant(edge) for edge in found.view]
+    data = [_trial_trace(c, index, limit) for index, c in enumerate(found.candidates) if c.curve]
     return {"data": data, "layout": layout}
 
 
-def _view(search: Decision) -> list[float] | None:
-    """A range of losses in which the trials that did not explode can be told apart; the reader can zoom out."""
-    sane = [c for c in records(search, "candidates") if c.get("status") != "diverged"]
-    values = [y for c in sane for _, y in pairs(c, "curve") if y is not None]
-    if not values or len(sane) == len(records(search, "candidates")):
-        return None
-    margin = 0.05 * (max(values) - min(values)) or 0.1 * abs(max(values)) or 1.0
-    return [min(values) - margin, max(values) + margin]
+def _trial_trace(candidate: Candidate, index: int, limit: int) -> Figure:
+    curve = [(step, np.nan if loss is None else loss) for step, loss in candidate.curve]
+    small = Series.of(curve).thinned(limit)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": spell(candidate.lr),
+        "x": [significant(x) for x in small.steps.tolist()],
+        "y": [significant(y) for y in small.values.tolist()],
+        "line": {
+            "color": f"var(--run-{index % 6})",
+            "width": 2,
+            "dash": ("solid", "dash", "dot")[index // 6 % 3],
+        },
+        "hovertemplate": f"{spell(candidate.lr)} ({html.escape(candidate.status)}): %{{y:.4g}}<extra></extra>",
+    }
 
 
-def _posterior_traces(posterior: Mapping[str, Any]) -> list[Figure]:
-    lr, mean, sd = (column(posterior, key) for key in ("lr", "mean", "sd"))
-    whole = [
-        (x, m, s)
-        for x, m, s in zip(lr, mean, sd or [0.0] * len(lr), strict=False)
-        if x is not None and m is not None and s is not None
-    ]
-    if not whole:
+def _posterior_traces(found: SearchData) -> list[Figure]:
+    if not found.posterior:
         return []
-    xs = [significant(x) for x, _, _ in whole]
+    xs = [significant(x) for x, _, _ in found.posterior]
     band: Figure = {"type": "scatter", "mode": "lines", "x": xs, "line": {"width": 0}, "hoverinfo": "skip"}
-    low = [significant(m - 1.96 * s) for _, m, s in whole]
-    high = [significant(m + 1.96 * s) for _, m, s in whole]
     return [
-        {**band, "y": low, "showlegend": False},
-        {**band, "y": high, "fill": "tonexty", "fillcolor": "var(--band)", "name": "95 % band"},
+        {**band, "y": [significant(m - 1.96 * s) for _, m, s in found.posterior], "showlegend": False},
+        {
+            **band,
+            "y": [significant(m + 1.96 * s) for _, m, s in found.posterior],
+            "fill": "tonexty",
+            "fillcolor": "var(--band)",
+            "name": "95 % band",
+        },
         {
             "type": "scatter",
             "mode": "lines",
             "name": "posterior mean",
             "x": xs,
-            "y": [significant(m) for _, m, _ in whole],
+            "y": [significant(m) for _, m, _ in found.posterior],
             "line": {"color": "var(--forecast)", "width": 2},
-            "hovertemplate": "mean %{y:.4g} at %{x:.3g}<extra></extra>",
+            "hovertemplate": "mean %{y:.3g} at %{x:.3g}<extra></extra>",
         },
     ]
 
 
-def _acquisition_trace(posterior: Mapping[str, Any]) -> Figure | None:
-    lr, value = column(posterior, "lr"), column(posterior, "acquisition")
-    whole = [(x, y) for x, y in zip(lr, value, strict=False) if x is not None and y is not None]
-    if not whole:
-        return None
+def _acquisition_trace(found: SearchData) -> Figure:
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "acquisition",
-        "x": [significant(x) for x, _ in whole],
-        "y": [significant(y) for _, y in whole],
+        "x": [significant(x) for x, _ in found.acquisition],
+        "y": [significant(y) for _, y in found.acquisition],
         "yaxis": "y2",
         "line": {"color": "var(--lr)", "width": 1.5},
         "hovertemplate": "acquisition %{y:.3g} at %{x:.3g}<extra></extra>",
     }
 
 
-def ceiling(tried: list[Mapping[str, Any]], search: Decision) -> float:
-    """Where to draw a loss that is not finite or that would flatten all the others."""
-    found = [y for c in tried if (y := number(c, "loss")) is not None]
-    if not found:
-        return number(search, "initial_loss") or 1.0
-    start = number(search, "initial_loss")
-    best = min(found)
-    usual = max([y for y in found if start is None or y <= 2 * abs(start)] or [best])
-    return usual + 0.1 * abs(usual - best) if usual > best else usual + 0.1 * abs(usual)
-
-
-def _candidate_trace(group: list[Mapping[str, Any]], status: str, symbol: str, top: float) -> Figure:
-    ys, texts = [], []
-    for candidate in group:
-        loss = number(candidate, "loss")
-        ys.append(significant(top if loss is None else min(loss, top)))
-        parts = [f"learning rate {spell(number(candidate, 'lr'))}", f"loss {spell(loss, 5)}"]
-        parts.append(f"{status} after {spell(number(candidate, 'steps'))} steps")
-        if candidate.get("reason"):
-            parts.append(str(candidate["reason"]).replace("&", "&amp;").replace("<", "&lt;"))
-        texts.append("<br>".join(parts))
+def _candidate_trace(group: list[Candidate], status: str, found: SearchData) -> Figure:
+    longest = max((c.horizon_steps or 0.0 for c in found.candidates), default=0.0)
+    known = status if status in STATUS else "finished"
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": status,
-        "x": [significant(number(candidate, "lr")) for candidate in group],
-        "y": ys,
-        "hovertext": texts,
+        "name": html.escape(status),
+        "x": [significant(c.lr) for c in group],
+        "y": [significant(c.height) for c in group],
+        "hovertext": [_hover(c) for c in group],
         "hovertemplate": "%{hovertext}<extra></extra>",
-        "marker": {"symbol": symbol, "size": 11, "color": f"var(--status-{status})"},
+        # The shorter trials of an earlier leg are smaller: they weigh less, too.
+        "marker": {
+            "symbol": STATUS.get(status, "cross"),
+            "size": [11 if (c.horizon_steps or 0.0) >= longest else 7 for c in group],
+            "color": f"var(--status-{known})",
+        },
     }
+
+
+def _hover(candidate: Candidate) -> str:
+    steps = f"{spell(candidate.steps)} of {spell(candidate.horizon_steps)} steps"
+    lines = [
+        f"learning rate {spell(candidate.lr)}",
+        f"loss {spell(candidate.loss, 5)}",
+        f"{candidate.status} after {steps}",
+    ]
+    lines += [candidate.reason] if candidate.reason else []
+    return "<br>".join(html.escape(line) for line in lines)
 
 
 def _choice_line(lr: float) -> Figure:
-    return {
-        "type": "line",
-        "x0": lr,
-        "x1": lr,
-        "y0": 0,
-        "y1": 1,
-        "yref": "paper",
-        "line": {"color": "var(--lr)", "width": 2, "dash": "dash"},
-    }
+    line = {"color": "var(--lr)", "width": 2, "dash": "dash"}
+    return {"type": "line", "x0": lr, "x1": lr, "y0": 0, "y1": 1, "yref": "paper", "line": line}

@@ -17,7 +17,7 @@ class Summary:
 
     Attributes:
         real_steps: Updates that trained the model.
-        trial_steps: Optimizer steps spent in trials and extra evaluations.
+        trial_steps: Optimizer steps spent in trials and extra evaluations (an evaluation batch is a third).
         saved_steps: Trial steps that stopping hopeless candidates early did not take.
         lost_steps: Real updates that rollbacks undid.
         searches: Searches run; ``changes`` of them set another learning rate.
@@ -62,7 +62,7 @@ def summarise(run: Run) -> Summary:
     seconds = [value for d in searches if (value := number(d, "seconds")) is not None]
     return Summary(
         real_steps=int(_from_finish(finish, "real_steps") or run.last_step),
-        trial_steps=sum(decision.cost_steps for decision in run.decisions if decision.kind != "finish"),
+        trial_steps=sum(d.cost_steps for d in run.decisions if d.kind not in ("finish", "rollback")),
         saved_steps=sum(saved_steps(search) for search in searches),
         lost_steps=sum(number(d, "lost_steps") or 0.0 for d in run.decisions if d.kind == "rollback"),
         searches=len(searches),
@@ -97,16 +97,20 @@ def rows(summary: Summary) -> list[tuple[str, str, str]]:
     held = f"{summary.forecasts_inside} of {summary.forecasts_scored}" if summary.forecasts_scored else "–"
     return [
         ("Real updates", spell(summary.real_steps), "optimizer steps that trained the model"),
-        ("Trial steps", spell(summary.trial_steps), f"{share} of all optimizer steps of the run{budget}"),
+        ("Steps spent searching", spell(summary.trial_steps), f"{share} of all steps, evaluations included{budget}"),
         ("Saved by early stopping", spell(summary.saved_steps), "trial steps that hopeless candidates did not take"),
         ("Searches", spell(summary.searches), f"{summary.changes} of them changed the learning rate"),
         ("Rollbacks", spell(summary.rollbacks), f"{spell(summary.lost_steps)} real updates were undone by them"),
         ("Batch changes", spell(summary.batch_changes), "how often the batch grew or shrank"),
         ("Forecasts that held", held, "the loss came to lie inside the interval predicted for it"),
-        ("Time searching", spell_seconds(summary.search_seconds), f"of {spell_seconds(summary.seconds)} in all"),
-        ("Last learning rate", spell(summary.final_lr), "of the first parameter group, as decided"),
+        ("Time searching", spell_seconds(summary.search_seconds), _of(summary.seconds)),
+        ("Last peak learning rate", spell(summary.final_lr), "of the first parameter group, before warm-up and decay"),
         ("Last loss", spell(summary.final_loss, 4), "monitored loss at the end"),
     ]
+
+
+def _of(seconds: float | None) -> str:
+    return "wall time of all searches" if seconds is None else f"of {spell_seconds(seconds)} in all"
 
 
 def _from_finish(finish: Decision | None, key: str) -> float | None:

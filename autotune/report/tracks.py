@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from autotune.decision import Decision
 from autotune.report.metrics import Series
 from autotune.report.reading import Run
-from autotune.report.values import mapping, number
+from autotune.report.values import number
 
 #: Logged names of the learning rate, best first. LearningRateMonitor's begin with ``lr-``.
 _LR_NAMES = ("autotune/lr", "lr", "learning_rate", "train/lr")
@@ -25,6 +24,7 @@ class Forecast:
         made_at: Step at which it was made.
         target_step: Step that it speaks of.
         prediction: Predicted loss; ``low`` to ``high`` is its interval.
+        came_at: Step at which it was seen what came.
         outcome: The loss that came, or None while it has not.
         inside: Whether the outcome fell into the interval.
     """
@@ -34,6 +34,7 @@ class Forecast:
     prediction: float
     low: float | None
     high: float | None
+    came_at: int | None
     outcome: float | None
     inside: bool | None
 
@@ -108,35 +109,31 @@ def examples_axis(run: Run) -> list[tuple[float, float]] | None:
 
 
 def forecasts(run: Run) -> list[Forecast]:
-    """Every prediction with its outcome.
+    """Every prediction with its outcome: what the record of the end of the same stage says came true.
 
-    The record of a stage's end says what came true. Where none names the stage, the monitored loss nearest
-    the target step serves, if the run got there.
+    A stage may end earlier than planned; the outcome then speaks of another step than the prediction did, and is
+    drawn where it came.
     """
-    outcomes: dict[float, Mapping[str, object]] = {}
-    for decision in run.decisions:
-        end = number(decision, "end_step")
-        if decision.kind == "stage" and decision.action == "end" and end is not None:
-            outcomes[end] = decision.numbers
+    ends = [d for d in run.decisions if d.kind == "stage" and d.action == "end"]
     found = []
     for decision in run.decisions:
         prediction, target = number(decision, "prediction"), number(decision, "target_step")
         if decision.kind != "forecast" or prediction is None or target is None:
             continue
         low, high = number(decision, "low"), number(decision, "high")
-        outcome = number(outcomes.get(target, {}), "loss")
+        end = next((e for e in ends if e.step >= decision.step and _same_stage(e, decision)), None)
+        outcome = None if end is None else number(end, "loss")
         inside = None
         if outcome is not None and low is not None and high is not None:
             inside = low <= outcome <= high
-        found.append(Forecast(decision.step, target, prediction, low, high, outcome, inside))
+        came_at = None if end is None else end.step
+        found.append(Forecast(decision.step, target, prediction, low, high, came_at, outcome, inside))
     return found
 
 
-def horizon_steps(run: Run) -> float | None:
-    """The planned length in updates, where the plan is in updates."""
-    setup = first(run, "setup")
-    plan = mapping(setup, "horizon") if setup else {}
-    return number(plan, "total") if plan.get("unit") == "steps" else None
+def _same_stage(end: Decision, forecast: Decision) -> bool:
+    stage = number(forecast, "stage")
+    return stage is None or number(end, "index") in (None, stage)
 
 
 def _batch_knots(run: Run) -> list[tuple[float, float]]:

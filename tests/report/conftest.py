@@ -1,5 +1,4 @@
 import pytest
-
 from tiny_run import TinyRun
 
 

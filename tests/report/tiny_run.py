@@ -90,6 +90,7 @@ class TinyRun:
         grid = torch.logspace(-3, 0, 25).tolist()
         xs = torch.log(torch.tensor([c["lr"] for c in candidates if c["status"] == "finished"]))
         ys = torch.tensor([c["loss"] for c in candidates if c["status"] == "finished"])
+        ys = (ys - ys.min()) / (start - ys.min())
         weights = torch.softmax(-((torch.log(torch.tensor(grid))[:, None] - xs) ** 2), dim=1)
         mean = weights @ ys
         sd = ((weights * (ys - mean[:, None]) ** 2).sum(1)).sqrt() + 0.01
