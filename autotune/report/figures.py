@@ -47,7 +47,7 @@ def timeline(run: Run) -> Figure:
     panels: list[tuple[str, float, list[Figure], dict[str, Any]]] = [
         ("Decisions", 0.26, _decision_traces(run), _lanes(run)),
         ("Loss", 0.34, _loss_traces(run), {}),
-        ("Learning rate", 0.2, _lr_traces(run), LOG_AXIS),
+        ("Learning rate", 0.2, _lr_traces(run), _rate_axis([run])),
         ("Batch (examples)", 0.2, _batch_traces(run), _batch_axis([run])),
     ]
     figure = _stacked([panel for panel in panels if panel[2]])
@@ -60,7 +60,7 @@ def comparison(runs: Sequence[Run]) -> Figure:
     """Several runs over each other: loss, learning rate, batch."""
     panels: list[tuple[str, Callable[[Run], Series | None], dict[str, Any]]] = [
         ("Loss", _main_loss, {}),
-        ("Learning rate", learning_rate, LOG_AXIS),
+        ("Learning rate", learning_rate, _rate_axis(runs)),
         ("Batch (examples)", batch_size, _batch_axis(runs)),
     ]
     drawn = []
@@ -206,6 +206,16 @@ def _batch_traces(run: Run) -> list[Figure]:
     if noise is not None:
         traces.append(_line(noise, "noise scale", {"color": "var(--noise)", "width": 1, "dash": "dot"}))
     return traces
+
+
+def _rate_axis(runs: Sequence[Run]) -> dict[str, Any]:
+    """A logarithmic axis: powers of ten over many decades, where steps of 1, 2 and 5 would stand on each other."""
+    drawn = [series.values for run in runs if (series := learning_rate(run)) is not None]
+    values = np.concatenate(drawn) if drawn else np.empty(0)
+    values = values[np.isfinite(values) & (values > 0)]
+    if len(values) and values.max() / values.min() > 50:
+        return {**LOG_AXIS, "dtick": max(1, round(np.log10(values.max() / values.min()) / 4))}
+    return LOG_AXIS
 
 
 def _batch_axis(runs: Sequence[Run]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from autotune.decision import Decision
 from autotune.errors import UnsupportedSetupError
 from autotune.report.figures import KINDS, Figure, budget_of_curve, comparison, timeline
-from autotune.report.reading import Run
+from autotune.report.reading import Run, distinct
 from autotune.report.search_figures import candidates_figure, trials_figure
 from autotune.report.summary import rows, saved_steps, summarise
 from autotune.report.tracks import first
@@ -58,6 +58,7 @@ def page(runs: Sequence[Run], live: bool = False) -> str:
 def content(runs: Sequence[Run]) -> tuple[str, Figures]:
     """The page's body and the figures that it names."""
     figures: Figures = {}
+    runs = distinct(runs) if len(runs) > 1 else runs
     curves = sum(len(records(d, "candidates")) for run in runs for d in run.decisions if d.kind == "search")
     limit = budget_of_curve(curves)
     head = (
@@ -135,7 +136,9 @@ def _axis_free_figure(key: str, label: str) -> str:
 
 
 def _searches(run: Run, key: str, limit: int, figures: Figures) -> str:
-    searches = [(index, d) for index, d in enumerate(run.decisions) if d.kind == "search"]
+    # A search that was due and not made has its line among the decisions, and nothing to open.
+    made = [d.kind == "search" and d.action != "skip" for d in run.decisions]
+    searches = [(index, d) for index, d in enumerate(run.decisions) if made[index]]
     if not searches:
         return ""
     parts = ["<section><h2>Searches</h2>"]

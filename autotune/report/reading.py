@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,21 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if not decisions and not metrics:
         raise LogFormatError(" ".join(problems) or f"{log} holds no decision, and there are no metrics beside it")
     return Run(_name_of(log), log, tuple(decisions), metrics, tuple(problems))
+
+
+def distinct(runs: Sequence[Run]) -> list[Run]:
+    """The runs with as much of their paths in the names as tells them apart (``version_0`` is in every folder)."""
+    folders = [run.path.resolve().parent.parts for run in runs]
+    depth = 2
+    while depth < max(map(len, folders), default=0) and len({parts[-depth:] for parts in folders}) < len(set(folders)):
+        depth += 1
+    names = ["/".join(parts[-depth:]) for parts in folders]
+    # Differences lie at the front now; what all have in common at the end tells nothing.
+    while (
+        len(names) > 1 and all("/" in name for name in names) and len({name.rpartition("/")[2] for name in names}) == 1
+    ):
+        names = [name.rpartition("/")[0] for name in names]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _name_of(log: Path) -> str:

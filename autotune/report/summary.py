@@ -92,12 +92,14 @@ def saved_steps(search: Decision) -> float:
 
 def rows(summary: Summary) -> list[tuple[str, str, str]]:
     """The summary for people: (what, value, what it means)."""
-    share = "–" if summary.share is None else f"{100 * summary.share:.1f} %"
-    budget = "" if summary.budget is None else f", of {100 * summary.budget:.0f} % of the plan allowed"
+    share = "–" if summary.share is None else f"{100 * summary.share:.1f} % of all steps"
+    if summary.budget is not None and summary.real_steps:
+        on_top = 100 * summary.trial_steps / summary.real_steps
+        share += f"; {on_top:.1f} % on top of the real ones, where {100 * summary.budget:.0f} % of the plan is allowed"
     held = f"{summary.forecasts_inside} of {summary.forecasts_scored}" if summary.forecasts_scored else "–"
     return [
         ("Real updates", spell(summary.real_steps), "optimizer steps that trained the model"),
-        ("Steps spent searching", spell(summary.trial_steps), f"{share} of all steps, evaluations included{budget}"),
+        ("Steps spent searching", spell(summary.trial_steps), share),
         ("Saved by early stopping", spell(summary.saved_steps), "trial steps that hopeless candidates did not take"),
         ("Searches", spell(summary.searches), f"{summary.changes} of them changed the learning rate"),
         ("Rollbacks", spell(summary.rollbacks), f"{spell(summary.lost_steps)} real updates were undone by them"),
