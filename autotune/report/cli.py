@@ -162,3 +162,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         (schedule.write_json if arguments.output.suffix == ".json" else schedule.write_csv)(file)
     print(arguments.output)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,8 +22,8 @@ from autotune.report.values import significant, spell
 
 Figure: TypeAlias = "dict[str, Any]"
 
-#: A curve keeps at most so many points: about two a pixel on a wide screen.
-CURVE_POINTS = 3000
+#: A curve keeps at most so many points: about two a pixel.
+CURVE_POINTS = 2000
 
 #: Marker shapes by kind, so that colour is not the only difference. The order is the order of the lanes.
 KINDS = {
@@ -285,6 +285,6 @@ def budget_of_curve(count: int) -> int:
     """Points a trial curve may keep when the page holds ``count`` of them: the file has to stay small.
 
     >>> budget_of_curve(7), budget_of_curve(2000)
-    (400, 30)
+    (400, 20)
     """
-    return min(max(60_000 // max(count, 1), 20), 400)
+    return min(max(40_000 // max(count, 1), 20), 400)

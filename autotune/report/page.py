@@ -47,7 +47,11 @@ def page(runs: Sequence[Run], live: bool = False) -> str:
             f"<title>{escape(title)}</title>",
             f"<style>{(assets / 'report.css').read_text(encoding='utf-8')}</style></head>",
             f'<body><main id="content">{body}</main>',
-            f'<script type="application/json" id="figures">{script_json(figures)}</script>',
+            # Each figure is parsed when it is drawn: most belong to searches that nobody has opened yet.
+            *(
+                f'<script type="application/json" id="json-{key}">{script_json(figures[key])}</script>'
+                for key in figures
+            ),
             f"<script>{_plotly()}</script>",
             f"<script>{(assets / 'report.js').read_text(encoding='utf-8')}</script>",
             "</body></html>\n",

@@ -98,18 +98,12 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:
-    """The runs with as much of their paths in the names as tells them apart (``version_0`` is in every folder)."""
-    folders = [run.path.resolve().parent.parts for run in runs]
-    depth = 2
-    while depth < max(map(len, folders), default=0) and len({parts[-depth:] for parts in folders}) < len(set(folders)):
-        depth += 1
-    names = ["/".join(parts[-depth:]) for parts in folders]
-    # Differences lie at the front now; what all have in common at the end tells nothing.
-    while (
-        len(names) > 1 and all("/" in name for name in names) and len({name.rpartition("/")[2] for name in names}) == 1
-    ):
-        names = [name.rpartition("/")[0] for name in names]
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    """The runs, named by the part of their paths in which they differ (``version_0`` is in every folder)."""
+    parts = [run.path.resolve().parent.parts for run in runs]
+    for end in (0, -1):  # what all have in common at the front, then at the back, tells nothing
+        while min(map(len, parts)) > 1 and len({item[end] for item in parts}) == 1:
+            parts = [item[1:] if end == 0 else item[:-1] for item in parts]
+    return [replace(run, name="/".join(item)) for run, item in zip(runs, parts, strict=True)]
 
 
 def _name_of(log: Path) -> str:

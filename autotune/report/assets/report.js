@@ -1,7 +1,13 @@
 "use strict";
 (() => {
   const root = document.documentElement;
-  let figures = JSON.parse(document.getElementById("figures").textContent);
+  const figures = new Proxy({}, {
+    get: (known, key) => {
+      const text = key in known ? null : document.getElementById(`json-${key}`);
+      if (text) known[key] = JSON.parse(text.textContent);
+      return known[key];
+    },
+  });
   const axes = {};   // figure -> "examples", where the reader chose it
   const cursor = {}; // figure -> index of the decision last shown
 
@@ -173,7 +179,7 @@
     const scroll = [...document.querySelectorAll(".tall")].map((box) => box.scrollTop);
     document.getElementById("content").replaceChildren(...fresh.childNodes);
     document.querySelectorAll(".tall").forEach((box, i) => { box.scrollTop = scroll[i] || 0; });
-    figures = news.figures;
+    Object.assign(figures, news.figures);
     open.forEach((id) => { const item = document.getElementById(id); if (item) item.open = true; });
     for (const [where, checked, value] of inputs) {
       const box = document.querySelector(where);
