@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autotune.callbacks._trials import PlannedLeg, SearchResult
-from autotune.search import GridSearch, LogSpace, LRSearch, Outcome, PublishedSearch, Search, SearchState
+from autotune.search import (
+    BracketSearch,
+    GridSearch,
+    LogSpace,
+    LRSearch,
+    Outcome,
+    PublishedSearch,
+    Recommendation,
+    Search,
+    SearchState,
+)
 from autotune.search.surrogate import SurrogatePrior
 from autotune.stage.machine import Probe
 from autotune.stage.policy import Leg, SearchPolicy
@@ -19,8 +29,8 @@ if TYPE_CHECKING:
 
 #: AutoLRS as published: candidates of a search, a stage's length in trials, validations of a late candidate.
 _PUBLISHED_CANDIDATES, _PUBLISHED_RATIO, _PUBLISHED_EVALUATIONS = 10, 10, 16
-#: A later search changes the rate only for a promised gain of this share of a trial's progress.
-_WORTH_CHANGING = 0.05
+#: The first rates that are tried where nothing is known.
+_FIRST_TRIED = (1e-3, 1e-1)
 #: Rates that usually train at all, by optimizer family; used only where no search could be made.
 _DEFAULTS = {"sgd": 1e-2, "asgd": 1e-2, "adagrad": 1e-2, "adadelta": 1.0, "lion": 1e-4}
 _DEFAULT = 1e-3
@@ -63,106 +73,108 @@ class LRSearches:
         self._settings = settings
         self._run = run
         self._space = LogSpace(settings.low, settings.high)
-        self._fine_steps = 0
         self.policy = SearchPolicy()
+
+    def affords(self, left: float, probes: int) -> bool:
+        """Whether ``left`` pays for so many probes, what the first search still needs not counted in."""
+        run = self._run
+        if run.state.searches == 1 and run.plan.machine.refine:
+            fine = self.policy.fine_leg(run.plan.searchable, run.spent, run.trials.probe_cost)
+            left = run.plan.searchable - run.spent - (0 if fine is None else fine.candidates * fine.steps)
+        return left >= probes * run.trials.probe_cost
 
     def run(self, progress: float, why: str) -> SearchOutcome:
         """Searches now, if the budget has room for it."""
         run = self._run
         current = run.state.lr
-        first = run.state.searches == 0
-        allowance = min(run.left, run.budget.first(run.updates)) if not first else self._first_allowance()
-        legs = self._published(allowance) if self._settings.objective == "forecast" else self._legs(allowance, first)
-        if not legs:
-            return self._skipped(why, allowance)
-        planned = [self._planned(leg, index, current, progress) for index, leg in enumerate(legs)]
-        if first:
-            self._fine_steps = legs[-1].steps
-        result = run.trials.search(planned, index=run.state.searches, allowance=allowance)
-        return self._decided(result, legs, current, why)
+        leg, allowance = self._leg()
+        if leg is None:
+            return self._skipped(why)
+        planned = self._planned(leg, current, progress)
+        result = run.trials.search([planned], index=run.state.searches, allowance=allowance)
+        return self._decided(result, leg, current, why)
 
-    def _first_allowance(self) -> float:
-        return self._run.budget.first(self._run.updates) * self.policy.first_share
+    def _leg(self) -> tuple[Leg | None, float]:
+        """The search that is due now, and what it may cost."""
+        run, probe = self._run, self._run.trials.probe_cost
+        whole = run.plan.searchable
+        if self._settings.objective == "forecast":
+            return self._published_leg(whole if run.state.searches == 0 else run.left)
+        if run.state.searches == 0:
+            return self.policy.coarse_leg(whole - run.spent, probe), whole - run.spent
+        if run.state.searches == 1:
+            return self.policy.fine_leg(whole, run.spent, probe), whole - run.spent
+        left = min(run.left, whole)
+        every = self._settings.search == "every_stage"
+        return self.policy.later_leg(left, run.step, probe, at_any_length=every), left
 
-    def _legs(self, allowance: float, first: bool) -> list[Leg]:
-        probe = self._run.trials.probe_cost
-        if first:
-            return self.policy.first(allowance, probe)
-        return self.policy.later(allowance, probe, self._fine_steps)
-
-    def _published(self, allowance: float) -> list[Leg]:
-        probe = self._run.trials.probe_cost
-        steps = min(self._stage_steps() // _PUBLISHED_RATIO, int((allowance - probe) / _PUBLISHED_CANDIDATES - probe))
-        return [Leg(_PUBLISHED_CANDIDATES, steps)] if steps >= self.policy.shortest else []
+    def _published_leg(self, left: float) -> tuple[Leg | None, float]:
+        probe = self._run.trials.probe_cost * (_PUBLISHED_EVALUATIONS if self._run.state.index >= 2 else 0)
+        affordable = int((left - self._run.trials.probe_cost) / _PUBLISHED_CANDIDATES - probe)
+        steps = min(self._stage_steps() // _PUBLISHED_RATIO, affordable)
+        leg = Leg(_PUBLISHED_CANDIDATES, steps) if steps >= self.policy.shortest_coarse else None
+        return leg, left
 
     def _stage_steps(self) -> int:
-        machine, index = self._run.machine, self._run.state.index
-        return max(1, round(machine.length(index) * self._run.updates))
+        plan = self._run.plan
+        return max(1, round(plan.machine.length(self._run.state.index) * plan.updates))
 
-    def _planned(self, leg: Leg, index: int, current: float | None, progress: float) -> PlannedLeg:
+    def _planned(self, leg: Leg, current: float | None, progress: float) -> PlannedLeg:
         run, settings = self._run, self._settings
         published = settings.objective == "forecast"
-        searcher = self._searcher(leg, index)
-        target = max(leg.steps, round((1.0 - min(progress, 1.0)) * run.updates) if run.horizon.known else leg.steps)
+        searcher = self._searcher(leg, current)
+        left = (1.0 - min(progress, 1.0)) * run.plan.updates
+        target = max(leg.steps, round(left)) if run.plan.horizon.known else leg.steps
         log_current = None if current is None or published else math.log(self._space_clip(current))
 
         def begin(start: Probe, outcomes: tuple[Outcome, ...]) -> SearchState:
             return searcher.init(start.loss, leg.steps, target, log_current, outcomes)
 
-        level = 1.0 if current is None else max(run.driver.level(run.shape(progress)), 1e-3)
-        late = published and run.state.index >= 2
+        level = 1.0 if current is None else max(run.driver.level(run.plan.shape(progress)), 1e-3)
         return PlannedLeg(
             searcher=searcher,
             begin=begin,
             shape=TrialShape(leg.steps, constant=published),
             level=level,
             forecast_to=self._stage_steps() if published else None,
-            evaluations=_PUBLISHED_EVALUATIONS if late else 0,
+            evaluations=_PUBLISHED_EVALUATIONS if published and run.state.index >= 2 else 0,
             stop_early=settings.stop_early and not published,
         )
 
-    def _searcher(self, leg: Leg, index: int) -> Search:
-        seed = self._settings.seed
+    def _searcher(self, leg: Leg, current: float | None) -> Search:
         if self._settings.objective == "forecast":
-            return PublishedSearch(self._space, candidates=leg.candidates, seed=seed + self._run.state.searches)
+            seed = self._settings.seed + self._run.state.searches
+            return PublishedSearch(self._space, candidates=leg.candidates, seed=seed)
+        if current is not None:
+            return BracketSearch(self._space)
         if self._settings.proposals == "grid":
-            return GridSearch(self._space, candidates=leg.candidates)
-        prior = SurrogatePrior(drift=self.policy.drift, drift_sd=self.policy.drift_sd, offset_sd=self.policy.offset_sd)
-        return LRSearch(self._space, candidates=leg.candidates, initial_points=() if index else None, prior=prior)
+            return GridSearch(self._space, candidates=leg.candidates, drift=0.0)
+        first = [lr for lr in _FIRST_TRIED if self._space.low <= lr <= self._space.high]
+        # On trials this short the best rate of the trial is taken as it is: their drift is not that of a run's.
+        prior = SurrogatePrior(drift=0.0, drift_sd=0.0)
+        return LRSearch(
+            self._space, candidates=leg.candidates, initial_points=first or None, min_progress=0.0, prior=prior
+        )
 
     def _space_clip(self, lr: float) -> float:
         return min(max(lr, self._settings.low), self._settings.high)
 
     # ------------------------------------------------------------------ answers
 
-    def _decided(self, result: SearchResult, legs: list[Leg], current: float | None, why: str) -> SearchOutcome:
-        recommendation = result.recommendation
-        numbers = self._numbers(result, legs)
+    def _decided(self, result: SearchResult, leg: Leg, current: float | None, why: str) -> SearchOutcome:
+        found = result.recommendation
         lr, action, reason = self._fallback(result, current)
-        if recommendation is not None and math.isfinite(recommendation.log_lr):
-            proposed = self._space_clip(math.exp(recommendation.log_lr))
-            if current is None or self._settings.objective == "forecast":
-                lr, action, reason = proposed, "set_lr", recommendation.reason
-            elif self._settings.proposals == "grid" or self._worth_it(recommendation.gap, recommendation.gap_sd):
-                gain = f"{recommendation.gap:.2f} +- {recommendation.gap_sd:.2f} of a trial's progress"
-                lr, action, reason = proposed, "set_lr", f"promises {gain}: {recommendation.reason}"
-            else:
-                gain = f"{recommendation.gap:.2f} +- {recommendation.gap_sd:.2f} of a trial's progress"
-                lr, action, reason = current, "keep_lr", f"the best of the others promises only {gain}"
-        return SearchOutcome(
-            lr,
-            action,
-            f"{reason} (searched because {why})",
-            {**numbers, "multiplier": lr},
-            result.start,
-            result.cost,
-            result.trial_steps,
-            result.seconds,
-        )
+        if found is not None and math.isfinite(found.log_lr):
+            lr, action, reason = self._answer(found, current)
+        reason = f"{reason} (searched because {why})"
+        numbers = self._numbers(result, leg)
+        return SearchOutcome(lr, action, reason, numbers, result.start, result.cost, result.trial_steps, result.seconds)
 
-    @staticmethod
-    def _worth_it(gap: float, gap_sd: float) -> bool:
-        return math.isfinite(gap) and gap > max(_WORTH_CHANGING, gap_sd if math.isfinite(gap_sd) else 0.0)
+    def _answer(self, found: Recommendation, current: float | None) -> tuple[float, str, str]:
+        lr = self._space_clip(math.exp(found.log_lr))
+        if current is None or lr != self._space_clip(current):
+            return lr, "set_lr", found.reason
+        return current, "keep_lr", found.reason
 
     def _fallback(self, result: SearchResult, current: float | None) -> tuple[float, str, str]:
         """Without a recommendation: the current rate, the best finished trial, a default by optimizer family."""
@@ -179,14 +191,14 @@ class LRSearches:
         lr = self._default()
         return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}"
 
-    def _skipped(self, why: str, allowance: float) -> SearchOutcome:
+    def _skipped(self, why: str) -> SearchOutcome:
         current = self._run.state.lr
-        missing = f"a search was due because {why}, but {allowance:.0f} steps do not pay for one"
+        missing = f"a search was due because {why}, but the budget does not pay for trials long enough to tell"
         if current is not None:
-            return SearchOutcome(current, "skip", f"{missing}: the current rate stays", {"multiplier": current})
+            return SearchOutcome(current, "skip", f"{missing}: the current rate stays")
         lr = self._default()
         reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
-        return SearchOutcome(lr, "skip", reason, {"multiplier": lr})
+        return SearchOutcome(lr, "skip", reason)
 
     def _family(self) -> str:
         return type(self._run.optimizer).__name__
@@ -194,12 +206,11 @@ class LRSearches:
     def _default(self) -> float:
         return self._space_clip(_DEFAULTS.get(self._family().lower(), _DEFAULT))
 
-    def _numbers(self, result: SearchResult, legs: list[Leg]) -> dict[str, Any]:
+    def _numbers(self, result: SearchResult, leg: Leg) -> dict[str, Any]:
         recommendation = result.recommendation
         table = () if recommendation is None else recommendation.table
         return {
-            "horizon_steps": legs[-1].steps,
-            "legs": [[leg.candidates, leg.steps] for leg in legs],
+            "horizon_steps": leg.steps,
             "initial_loss": result.start.loss,
             "candidates": [
                 {
@@ -222,16 +233,6 @@ class LRSearches:
             "seconds": result.seconds,
             "trial_steps": result.trial_steps,
         }
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """What later searches need of earlier ones."""
-        return {"fine_steps": self._fine_steps}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self._fine_steps = int(saved["fine_steps"])
 
 
 def _thinned(curve: tuple[float, ...], points: int = 100) -> list[list[float]]:

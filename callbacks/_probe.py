@@ -107,10 +107,6 @@ class ProbeSet:
         losses = loop.training_losses(batch for part in self._parts for batch in part)
         return Probe(math.fsum(losses) / len(losses) if losses else math.nan, tuple(losses))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was resolved, for the record."""
-        return {"monitor": self.monitor, "why": self.why}
-
     def _resolve(self, logged: list[str]) -> None:
         self._resolved = True
         if self._wanted is not None:

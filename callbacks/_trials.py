@@ -110,6 +110,12 @@ class Trials:
                 self.probe_set = ProbeSet(self._trainer, monitor=monitor, mode=mode, seed=self._seed, steps=steps)
 
     @property
+    def monitor(self) -> list[str | None]:
+        """The monitored name (None: the training loss) and how it was found; empty before the first probe."""
+        probe = self.probe_set
+        return [] if probe is None or not probe.why else [probe.monitor, probe.why]
+
+    @property
     def probe_cost(self) -> float:
         """What one probe costs, in steps."""
         return 0.0 if self.probe_set is None else self.probe_set.cost

@@ -136,7 +136,7 @@ class AutoLRS(Callback):
         path = log.open()
         self._run = LRRun(self.settings, trainer, pl_module, None if saved is None else saved["run"], self._decisions)
         if saved is None:
-            self._run.record("setup", "begin", self._run.describe(), numbers=self._opening(trainer))
+            self._run.record("setup", "begin", self._run.plan.describe(), numbers=self._opening(trainer))
         else:
             self._lr = saved["lr"]
         if path is not None:
@@ -192,15 +192,15 @@ class AutoLRS(Callback):
 
     def _opening(self, trainer: Any) -> dict[str, Any]:
         assert self._run is not None
-        run = self._run
+        run, plan = self._run, self._run.plan
         return {
             "controller": "AutoLRS",
             **self.settings.to_dict(),
-            "horizon": {"unit": run.horizon.unit, "total": run.horizon.total, "updates": run.updates},
+            "horizon": plan.state_dict(),
             "optimizer": type(trainer.optimizers[0]).__name__,
             "lr_ratios": list(run.driver.ratios),
             "scheduler": run.driver.scheduled,
-            "shape": {"form": "linear" if run.shape.decay else "hold", "warmup": run.shape.warmup},
+            "shape": {"form": "linear" if plan.shape.decay else "hold", "warmup": plan.shape.warmup},
             "versions": versions(),
         }
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from autotune import Decision
 from autotune.callbacks import AutoLRS
 
-CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 64, 32, 128, 3, 4
+CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 64, 16, 64, 3, 4
 BUDGET = 0.1
 COSINE_LRS = (3e-4, 1e-3, 3e-3)
 
@@ -114,10 +114,10 @@ def loaders(seed: int) -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
     train, val = standard_library()
     shuffle = torch.Generator().manual_seed(seed)
     validation = Windows(val)
-    fixed = torch.utils.data.Subset(validation, range(0, len(validation), max(1, len(validation) // 2048)))
+    fixed = torch.utils.data.Subset(validation, range(0, len(validation), max(1, len(validation) // 512)))
     return (
         DataLoader(Windows(train), BATCH, shuffle=True, drop_last=True, generator=shuffle),
-        DataLoader(fixed, 128),
+        DataLoader(fixed, 64),
     )
 
 

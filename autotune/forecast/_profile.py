@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize, minimize_scalar
 from scipy.special import stdtr
 
 Array = NDArray[np.float64]
@@ -24,7 +24,20 @@ _BOX = {
     "power": ((math.log(1e-3), math.log(100.0)), (math.log(0.05), math.log(20.0))),
 }
 _LOG_WEIGHT_KEPT = -14.0
-_ZOOMS = 8
+_ZOOMS = 6
+_REACH = 6.0  # standard deviations from the best shape to the first fine grid's edge
+_VARIANCE_FLOOR = 1e-26  # of an exact curve, in squared ranges: its residuals are rounding
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be fitted, in normalised units."""
+
+    x: Array  # (n,)
+    y: Array  # (n,)
+    w: Array  # (n,) of mean 1
+    family: Family
+    bound: float  # -inf without one
 
 
 @dataclass(frozen=True)
@@ -43,36 +56,50 @@ class Mixture:
     """The predictive distribution: a Student-t at each node, weighted by the profile likelihood."""
 
     nodes: Nodes
-    weight: Array  # (K,) sums to 1
+    log_weight: Array  # (K,)
     best: int
     family: Family
-    variance: float  # of one observation, normalised
+    variance: float  # of an observation of weight 1, normalised
     inflation: float  # (1 + r) / (1 - r)
     dof: int
     shift: float
     scale: float
-    bound: float  # normalised; -inf without one
+    floor: float  # in units of the loss; -inf without one
+    future: float | None = None  # variance of an observation to come, if not that of one of weight 1
+
+    @property
+    def noise(self) -> float:
+        """Variance of an observation to come."""
+        return max(self.variance if self.future is None else self.future, _VARIANCE_FLOOR)
+
+    def spread(self, x: Array, y: Array) -> float:
+        """Mean squared distance of observations from the best curve."""
+        phi = _basis(x, self.nodes.theta[self.best : self.best + 1], self.family)[0]
+        return float(np.mean((y - self.nodes.a[self.best] * phi - self.nodes.c[self.best]) ** 2))
 
     def at(self, x: float, level: float, noisy: bool) -> tuple[float, float, float]:
+        """Value of the curve at ``x`` and ends of the central interval, in units of the loss."""
+        weight = np.exp(self.log_weight - self.log_weight.max())
+        weight /= weight.sum()
         with np.errstate(all="ignore"):
             phi = _basis(np.array([x]), self.nodes.theta, self.family)[:, 0]
             mean = self.nodes.a * phi + self.nodes.c
             var_a, cov, var_c = self.nodes.covariance.T
             spread = self.inflation * (var_a * phi**2 + 2.0 * cov * phi + var_c)
-            sd = np.sqrt(self.variance * (np.maximum(spread, 0.0) + float(noisy))) + 1e-15
+            sd = np.sqrt(max(self.variance, _VARIANCE_FLOOR) * np.maximum(spread, 0.0) + noisy * self.noise) + 1e-15
         reach = 1e3 * float(sd.max())
         ends = [
             brentq(
-                lambda v, q=q: float(self.weight @ stdtr(self.dof, (v - mean) / sd)) - q,
+                lambda v, q=q: float(weight @ stdtr(self.dof, (v - mean) / sd)) - q,
                 float(mean.min()) - reach,
                 float(mean.max()) + reach,
                 xtol=1e-14,
             )
             for q in (0.5 - level / 2, 0.5 + level / 2)
         ]
-        value = float(mean[self.best])
-        low = max(min(ends[0], value), min(self.bound, value))
-        return tuple(self.shift + self.scale * v for v in (value, low, max(ends[1], value)))  # type: ignore[return-value]
+        value, low, high = (self.shift + self.scale * v for v in (float(mean[self.best]), *ends))
+        value = max(value, self.floor)
+        return value, max(min(low, value), self.floor), max(high, value)
 
 
 def _tail(y: Array) -> int:
@@ -93,45 +120,81 @@ def _basis(x: Array, theta: Array, family: Family) -> Array:
     return np.asarray(np.exp(-np.exp(theta[:, 1:]) * np.log1p(ratio)))
 
 
-def profile(x: Array, y: Array, w: Array, family: Family, bound: float, dof: int) -> tuple[Nodes, Array, float]:
-    """Nodes over theta that resolve the profile likelihood, its logarithm there, and the noise inflation."""
-    limits = np.array(_BOX[family])
-    frame, box = np.eye(len(limits)), limits
-    for _ in range(_ZOOMS):
-        theta, step = _grid(box, frame, limits, _NODES[family])
-        nodes, residual = _project(x, y, w, theta, family, bound)
-        log_weight = _log_weight(nodes.rss, dof, 1.0)
-        kept = theta[log_weight > _LOG_WEIGHT_KEPT]
-        if frame.size > 1 and len(kept) > 2:
-            # Scale and exponent of a power law trade against each other: turn the grid along their ridge.
-            frame = np.linalg.eigh(np.cov(kept.T) + np.diag(step**2) * 1e-3)[1]
-        margin, along = np.abs(frame.T) @ step, kept @ frame
-        zoomed = np.stack([along.min(0) - margin, along.max(0) + margin], axis=1)
-        if np.prod(np.ptp(zoomed, axis=1)) > 0.6 * np.prod(np.ptp(box, axis=1)):
-            break
-        box = zoomed
-    # Only at the best shape do correlated residuals mean correlated noise and not a bad shape.
+def profile(problem: Problem, dof: int) -> tuple[Nodes, Array, float]:
+    """Nodes over theta that resolve the profile likelihood, its logarithm there, and the noise inflation.
+
+    A coarse grid finds the region and Nelder-Mead its best shape; there the Jacobian of the residuals gives the
+    axes and widths of a fine grid, which is stretched or shrunk until it holds the likelihood's mass.
+    """
+    limits = np.array(_BOX[problem.family])
+    coarse = _grid(limits, np.eye(len(limits)), limits, _NODES[problem.family])
+    start = coarse[int(np.argmin(_project(problem, coarse)[0].rss))]
+    best = _polished(problem, start, limits)
+    residual = _project(problem, best[None])[1]
     inflation = _inflation(residual)
-    if inflation > 1.0:
-        wider = 0.5 * math.sqrt(inflation) * np.ptp(box, axis=1)
-        box = np.stack([box.mean(1) - wider, box.mean(1) + wider], axis=1)
-        theta, _ = _grid(box, frame, limits, _NODES[family])
-        nodes, _ = _project(x, y, w, theta, family, bound)
-    return nodes, _log_weight(nodes.rss, dof, inflation), inflation
+    variance = max(float(residual @ residual) / dof, _VARIANCE_FLOOR)
+    frame, sd = _axes(problem, best, variance * inflation)
+    centre = best @ frame
+    half = np.minimum(_REACH * sd, np.ptp(limits, axis=1).max())
+    box = np.stack([centre - half, centre + half], axis=1)
+    for _ in range(_ZOOMS):
+        # The best shape is a node of its own, so that no grid can miss it.
+        theta = np.concatenate([best[None], _grid(box, frame, limits, _NODES[problem.family])])
+        nodes, _ = _project(problem, theta)
+        log_weight = _log_weight(nodes.rss, dof, inflation)
+        along = theta[log_weight > _LOG_WEIGHT_KEPT] @ frame
+        step = np.ptp(box, axis=1) / (np.array(_NODES[problem.family]) - 1)
+        wanted = np.stack([along.min(0) - step, along.max(0) + step], axis=1)
+        grown = np.where(np.stack([wanted[:, 0] < box[:, 0] + step, wanted[:, 1] > box[:, 1] - step], axis=1), 1, 0)
+        room = 0.5 * np.ptp(box, axis=1)[:, None] * grown * np.array([[-1.0, 1.0]])
+        new = _within(wanted + room, frame, limits)
+        if (np.abs(new - box) < 0.25 * np.ptp(box, axis=1)[:, None]).all():
+            break
+        box = new
+    return nodes, log_weight, inflation
 
 
-def _grid(box: Array, frame: Array, limits: Array, counts: Sequence[int]) -> tuple[Array, Array]:
-    """Nodes of a box turned by ``frame``, inside the limits, shape (K, d), and their spacing, shape (d,)."""
-    if frame.size == 1:
-        box = np.clip(box, limits[0, 0], limits[0, 1])
+def _polished(problem: Problem, start: Array, limits: Array) -> Array:
+    """The best shape near ``start``, a node of the coarse grid."""
+    step = np.ptp(limits, axis=1) / (np.array(_NODES[problem.family]) - 1)
+
+    def rss(theta: Array) -> float:
+        return float(_project(problem, np.clip(theta, *limits.T)[None])[0].rss[0])
+
+    if start.size == 1:
+        edges = np.clip([start[0] - step[0], start[0] + step[0]], *limits[0])
+        found = minimize_scalar(lambda v: rss(np.array([v])), bounds=edges, method="bounded", options={"xatol": 1e-7})
+        return np.array([found.x])
+    simplex = np.stack([start, *(start + np.diag(step))])
+    options = {"initial_simplex": simplex, "xatol": 1e-6, "fatol": math.inf, "maxfev": 250}
+    return np.asarray(np.clip(minimize(rss, start, method="Nelder-Mead", options=options).x, *limits.T))
+
+
+def _axes(problem: Problem, best: Array, variance: float) -> tuple[Array, Array]:
+    """Principal axes of the likelihood at its best shape, shape (d, d), and its width along each, shape (d,)."""
+    shifts = 1e-4 * np.eye(best.size)
+    jacobian = np.stack(
+        [(_project(problem, (best + h)[None])[1] - _project(problem, (best - h)[None])[1]) / 2e-4 for h in shifts]
+    )
+    value, frame = np.linalg.eigh(jacobian @ jacobian.T / variance)
+    return frame, 1.0 / np.sqrt(np.maximum(value, 1e-6))
+
+
+def _within(box: Array, frame: Array, limits: Array) -> Array:
+    """``box`` cut to what the limits span along the axes of ``frame``."""
+    corners = np.stack([v.ravel() for v in np.meshgrid(*limits, indexing="ij")], axis=1) @ frame
+    return np.asarray(np.clip(box, corners.min(0)[:, None], corners.max(0)[:, None]))
+
+
+def _grid(box: Array, frame: Array, limits: Array, counts: Sequence[int]) -> Array:
+    """Nodes of a box turned by ``frame`` that lie inside the limits, shape (K, d)."""
     axes = [np.linspace(low, high, k) for (low, high), k in zip(box, counts, strict=True)]
     theta = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1) @ frame.T
-    theta = theta[((theta >= limits[:, 0] - 1e-9) & (theta <= limits[:, 1] + 1e-9)).all(1)]
-    return theta, np.abs(frame) @ np.array([axis[1] - axis[0] for axis in axes])
+    return np.asarray(theta[((theta >= limits[:, 0] - 1e-9) & (theta <= limits[:, 1] + 1e-9)).all(1)])
 
 
 def _log_weight(rss: Array, dof: int, inflation: float) -> Array:
-    floor = max(float(rss.min()), 1e-26 * dof)
+    floor = max(float(rss.min()), _VARIANCE_FLOOR * dof)
     return np.asarray(-0.5 * dof / inflation * np.log(np.maximum(rss, floor) / floor))
 
 
@@ -144,9 +207,10 @@ def _inflation(residual: Array) -> float:
     return (1.0 + r) / (1.0 - r)
 
 
-def _project(x: Array, y: Array, w: Array, theta: Array, family: Family, bound: float) -> tuple[Nodes, Array]:
-    """Best (a, c) under their bounds at each shape, and the residuals at the best shape, shape (n,)."""
-    phi = _basis(x, theta, family)
+def _project(problem: Problem, theta: Array) -> tuple[Nodes, Array]:
+    """Best (a, c) under their bounds at each shape, and the weighted residuals at the best shape, shape (n,)."""
+    y, w, bound = problem.y, problem.w, problem.bound
+    phi = _basis(problem.x, theta, problem.family)
     total = float(w.sum())
     mean_y, mean_phi = float(w @ y) / total, phi @ w / total
     centred = phi - mean_phi[:, None]

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
 
 from autotune.errors import ConfigurationError
-from autotune.forecast._profile import Array, Family, Mixture, last_smoothed, profile
+from autotune.forecast._profile import Array, Family, Mixture, Problem, last_smoothed, profile
 
 #: Fewest distinct steps, for one more degree of freedom than parameters twice over.
 MIN_POINTS = {"exponential": 6, "power": 8}
@@ -153,7 +153,7 @@ def fit_curve(
         if refusal is not None:
             return refusal
         order = np.argsort(t, kind="stable")
-        t, y, error = (_blocks(v[order]) for v in (t, y, error))
+        t, y, error = (v[order] for v in (t, y, error))
         try:
             return _fit(t, y, error, family, lower_bound)
         except (ArithmeticError, ValueError, np.linalg.LinAlgError) as failure:
@@ -195,36 +195,38 @@ def _blocks(values: Array) -> Array:
 
 
 def _fit(t: Array, loss: Array, error: Array, family: Family, lower_bound: float | None) -> CurveFit:
-    shift, scale = float(loss.min()), float(np.ptp(loss))
-    x, y = (t - t[0]) / (t[-1] - t[0]), (loss - shift) / scale
-    w = (error.min() / error) ** 2
-    w = w / w.mean()
-    bound = -math.inf
+    all_t, all_loss = t, loss
+    t, loss, error = (_blocks(v) for v in (t, loss, error))
+    shift, scale, span = float(loss.min()), float(np.ptp(loss)), float(t[-1] - t[0])
+    floor = -math.inf
     if lower_bound is not None and math.isfinite(lower_bound) and shift >= lower_bound:
-        bound = (lower_bound - shift) / scale
-    dof = y.size - MIN_POINTS[family] // 2
-    nodes, log_weight, inflation = profile(x, y, w, family, bound, dof)
+        floor = lower_bound
+    w = (error.min() / error) ** 2
+    problem = Problem((t - t[0]) / span, (loss - shift) / scale, w / w.mean(), family, (floor - shift) / scale)
+    dof = loss.size - MIN_POINTS[family] // 2
+    nodes, log_weight, inflation = profile(problem, dof)
     best = int(np.argmin(nodes.rss))
-    variance = max(float(nodes.rss[best]) / dof, 1e-26)
-    flat = float(np.sum(w * (y - np.average(y, weights=w)) ** 2))
-    if not math.isfinite(variance):
+    rss = float(nodes.rss[best])
+    gain = float(np.sum(problem.w * (problem.y - np.average(problem.y, weights=w)) ** 2)) - rss
+    if not math.isfinite(rss):
         return CurveFit(False, "the fit failed: residuals are not finite", family, c=last_smoothed(loss))
-    if nodes.a[best] <= 0 or flat - nodes.rss[best] < _DESCENT_GAIN * inflation * variance:
+    if nodes.a[best] <= 0 or gain * dof < _DESCENT_GAIN * inflation * rss:
         return CurveFit(False, "no descent beyond the noise", family, c=last_smoothed(loss))
-    weight = np.exp(log_weight)
-    span = float(t[-1] - t[0])
-    power = math.exp(nodes.theta[best, 1]) if family == "power" else math.nan
-    future = variance * float(np.median(1.0 / w))
-    mixture = Mixture(nodes, weight / weight.sum(), best, family, future, inflation, dof, shift, scale, bound)
+    mixture = Mixture(nodes, log_weight, best, family, rss / dof, inflation, dof, shift, scale, floor)
+    if all_t.size > t.size:
+        # Blocks are less noisy than what they are made of.
+        mixture = replace(mixture, future=mixture.spread((all_t - t[0]) / span, (all_loss - shift) / scale))
+    elif w.min() < 1.0:
+        mixture = replace(mixture, future=rss / dof * float(np.median(1.0 / problem.w)))
     return CurveFit(
         True,
-        f"{family} fit to {y.size} points",
+        f"{family} fit to {all_t.size} points",
         family,
         scale * float(nodes.a[best]),
-        shift + scale * float(nodes.c[best]),
+        max(shift + scale * float(nodes.c[best]), floor),
         span * math.exp(nodes.theta[best, 0]),
-        power,
-        scale * math.sqrt(future),
+        math.exp(nodes.theta[best, 1]) if family == "power" else math.nan,
+        scale * math.sqrt(mixture.noise),
         float(t[0]),
         float(t[-1]),
         mixture,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -156,7 +158,8 @@ class AlignedGP(ExactGP, GPyTorchModel):  # type: ignore[misc]
         """Logarithm of p(u | x), shape (...,), without the priors of the hyperparameters."""
         self.train()
         with torch.no_grad():
-            return self.likelihood(self(*self.train_inputs)).log_prob(self.train_targets)
+            value: Tensor = self.likelihood(self(*self.train_inputs)).log_prob(self.train_targets)
+        return value
 
     def joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (..., m) and covariance (..., m, m) of the bowl at ``x``, shape (..., m, 2)."""
@@ -180,9 +183,9 @@ def fit_map(model: AlignedGP, max_iterations: int) -> Hyperparameters:
     return model.hyperparameters
 
 
-class quiet(warnings.catch_warnings):
+@contextmanager
+def quiet() -> Iterator[None]:
     """Warnings of the numerical libraries are answered by the fallback ladder, not shown to the user."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield

@@ -11,9 +11,9 @@ bound, so larger is better. Ties go to the smallest learning rate.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def largest_gap(grid: Tensor, observed: Sequence[float], *, min_gap: float = MIN
     low, high = float(grid[0]), float(grid[-1])
     inside = sorted({x for x in observed if low <= x <= high})
     edges = [low, *inside, high]
-    start, end = max(pairwise(edges), key=lambda pair: pair[1] - pair[0])
+    start, end = max(itertools.pairwise(edges), key=lambda pair: pair[1] - pair[0])
     middle = grid[(grid - 0.5 * (start + end)).abs().argmin()]
     if float(_distance(middle[None], observed)) < min_gap:
         return None

@@ -50,6 +50,21 @@ class Data:
     extra_sd: Tensor  # (n,)
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Noise known beforehand, beside the learned one.
+
+    Attributes:
+        measured: Standard deviation of a result of the search at hand, in units of the loss.
+        horizon_u: Per nat by which a group's horizon is farther from the target than the nearest one's, in u.
+        stopped_u: Of a stopped trial, in u.
+    """
+
+    measured: float
+    horizon_u: float
+    stopped_u: float
+
+
 Key = tuple[int, float]
 
 
@@ -83,8 +98,7 @@ def standardised(
     groups: dict[Key, list[Observation]],
     current: Key,
     target_steps: int,
-    horizon_noise: float,
-    stopped_noise: float,
+    noise: Noise,
 ) -> Data | None:
     """All groups that made progress, in u."""
     kept = {key: group for key, group in groups.items() if made_progress(group, key[1])}
@@ -95,10 +109,12 @@ def standardised(
     rows = []
     for index, (key, group) in enumerate(kept.items(), start=1):
         best = best_loss(group)
-        farther = horizon_noise * (distance[key] - nearest)
+        farther = noise.horizon_u * (distance[key] - nearest)
+        # Halved as in _progress_left; a noise beyond the clip says no more than one at it.
+        measured = min(noise.measured / 2 / (key[1] / 2 - best / 2), _CLIP)
         for o in group:
             u, stopped = _progress_left(o, key[1], best)
-            extra = math.hypot(farther, stopped_noise if stopped else 0.0)
+            extra = math.hypot(farther, noise.stopped_u if stopped else 0.0, measured if key == current else 0.0)
             label = 0 if key == current else index
             rows.append((o.log_lr, math.log(key[0] / current[0]), label, u, extra))
     return Data(*torch.tensor(rows, dtype=torch.float64).unbind(dim=1))

@@ -52,7 +52,8 @@ class LRSearch:
         beta: Weight of the uncertainty in the bound.
         initial_points: Learning rates of the first search's initial design; None for three around 1e-3. Where
             one diverges, larger ones are left out.
-        min_progress: Share of the starting loss that the best trial must have taken off to be believed.
+        min_progress: Share of the starting loss that the best trial must have taken off to be believed, in a
+            search without a current learning rate.
         prior: Of the surrogate.
         seed: Has no influence: nothing here is drawn at random. Kept so that all searches are built alike.
 
@@ -90,6 +91,7 @@ class LRSearch:
         target_horizon_steps: int,
         current_log_lr: float | None = None,
         history: tuple[Outcome, ...] = (),
+        loss_noise: float = 0.0,
     ) -> SearchState:
         """A search with no trial yet.
 
@@ -99,8 +101,9 @@ class LRSearch:
             target_horizon_steps: Of the training that follows.
             current_log_lr: The learning rate in use, which becomes the first candidate; None without one.
             history: Trials of earlier searches; ``SearchState.earlier`` gives them.
+            loss_noise: Standard deviation of a trial's result, in units of the loss, if it was measured.
         """
-        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history))
+        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history), loss_noise)
 
     def ask(self, state: SearchState) -> Proposal | None:
         """The next trial, or None when all candidates were tried or the space holds no new one."""
@@ -124,6 +127,8 @@ class LRSearch:
     def tell(self, state: SearchState, outcome: Outcome) -> SearchState:
         """The state after a trial; its hyperparameters are those of a fit to all trials so far."""
         state = record(state, outcome)
+        if len(state.history) + len(state.outcomes) < self.prior.learn_from:
+            return state
         fitted = self.surrogate(state)
         if fitted.fit in ("map", "restart"):
             return replace(state, hyperparameters=fitted.hyperparameters.values(), fit=fitted.fit)
@@ -133,7 +138,9 @@ class LRSearch:
         """What the trials say; without progress the largest learning rate that did no harm, or the current one."""
         fraction = progress_fraction(state)
         fitted = self.surrogate(state)
-        if fitted.posterior is None or fraction < self.min_progress:
+        # Late in a run a local search can gain little; its gap and sd say whether that little is worth anything.
+        enough = fraction > 0 if state.current_log_lr is not None else fraction >= self.min_progress
+        if fitted.posterior is None or not enough:
             return self._without_progress(state, fitted, fraction)
         posterior, reach = fitted.posterior, self._reach(state)
         grid = reach.grid(4 * _GRID)
@@ -162,6 +169,7 @@ class LRSearch:
             target_horizon_steps=state.target_horizon_steps,
             prior=self.prior,
             last=last,
+            loss_noise=state.loss_noise,
         )
 
     def _reach(self, state: SearchState) -> LogSpace:
@@ -226,9 +234,10 @@ class GridSearch:
         target_horizon_steps: int,
         current_log_lr: float | None = None,
         history: tuple[Outcome, ...] = (),
+        loss_noise: float = 0.0,
     ) -> SearchState:
         """As :meth:`LRSearch.init`; the history is kept and not used."""
-        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history))
+        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history), loss_noise)
 
     def ask(self, state: SearchState) -> Proposal | None:
         """The next grid point, from the smallest up; None when all were tried."""

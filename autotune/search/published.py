@@ -8,8 +8,8 @@ Notation:
 Source: Jin et al., AutoLRS, ICLR 2021 (arXiv 2105.10762), section 4.1 and the released code: one random learning
 rate, then a GP over log learning rate, built anew in each search and fitted by marginal likelihood, proposes the
 minimiser of the lower confidence bound of the *forecast* losses; a NaN counts as 1e6; the best candidate is the one
-with the lowest forecast; the current learning rate is not a candidate, and there is no drift. The released code fits
-with scikit-optimize; here the GP is BoTorch's default one, and the bound is maximised over a grid.
+with the lowest forecast; the current learning rate is not a candidate, and there is no drift. The released code
+fits with scikit-optimize; here the GP is BoTorch's default one, and the bound is maximised over a grid.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ class PublishedSearch:
         target_horizon_steps: int,
         current_log_lr: float | None = None,
         history: tuple[Outcome, ...] = (),
+        loss_noise: float = 0.0,
     ) -> SearchState:
         """As :meth:`LRSearch.init`; history and current learning rate are kept and play no part."""
-        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history))
+        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history), loss_noise)
 
     def ask(self, state: SearchState) -> Proposal | None:
         """The next trial, or None after k."""
@@ -100,7 +101,7 @@ class PublishedSearch:
         """The negated lower confidence bound over the grid, or None when the fit fails."""
         x = torch.tensor([[o.log_lr] for o in state.outcomes], dtype=torch.float64)
         losses = [o.loss if math.isfinite(o.loss) else _NAN_LOSS for o in state.outcomes]
-        # Botorch's fit draws new starting points from the global generator when the first one fails.
+        # BoTorch's fit draws new starting points from the global generator when the first one fails.
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(self.seed)
             try:

@@ -76,6 +76,7 @@ class SearchState:
         outcomes: Trials of this one, in order.
         hyperparameters: Length scale, signal and noise of the last good fit.
         fit: Rung of the ladder they came from.
+        loss_noise: Standard deviation of a trial's result, in units of the loss; 0 where it was not measured.
     """
 
     initial_loss: float
@@ -86,6 +87,7 @@ class SearchState:
     outcomes: tuple[Outcome, ...] = ()
     hyperparameters: tuple[float, float, float] | None = None
     fit: str = "prior"
+    loss_noise: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers; a checkpoint that holds it loads with ``weights_only=True``."""
@@ -170,6 +172,7 @@ class Search(Protocol):
         target_horizon_steps: int,
         current_log_lr: float | None = None,
         history: tuple[Outcome, ...] = (),
+        loss_noise: float = 0.0,
     ) -> SearchState:
         """A search with no trial yet."""
         ...
@@ -193,6 +196,7 @@ def begin(
     target_horizon_steps: int,
     current_log_lr: float | None,
     history: tuple[Outcome, ...],
+    loss_noise: float = 0.0,
 ) -> SearchState:
     """A validated state without trials.
 
@@ -206,7 +210,9 @@ def begin(
     if current_log_lr is not None and not math.isfinite(current_log_lr):
         raise ConfigurationError(f"init: current_log_lr must be finite or None; got {current_log_lr!r}")
     lean = tuple(replace(o, curve=()) for o in history)
-    return SearchState(float(initial_loss), horizon_steps, target_horizon_steps, current_log_lr, lean)
+    # A noise that is not a finite number was not measured.
+    noise = max(float(loss_noise), 0.0) if math.isfinite(loss_noise) else 0.0
+    return SearchState(float(initial_loss), horizon_steps, target_horizon_steps, current_log_lr, lean, loss_noise=noise)
 
 
 def record(state: SearchState, outcome: Outcome) -> SearchState:

@@ -38,6 +38,7 @@ from autotune.forecast.curve import fit_curve
 
 _Array = NDArray[np.float64]
 _RECENT = 5
+_FEWEST = 3  # one bad batch at the start is no explosion
 _BLOWN_UP_PROGRESS = 3.0
 _BLOWN_UP_DEVIATIONS = 8.0
 _WINDOW_SHARE = 0.2
@@ -164,6 +165,8 @@ def _blown_up(own: _Array, best: _Array, initial_loss: float) -> str | None:
     if not np.isfinite(own).all():
         return "a loss is not finite"
     if not math.isfinite(initial_loss):
+        return None
+    if own.size < _FEWEST:
         return None
     recent = float(np.median(own[-_RECENT:]))
     lowest = min(float(own.min()), float(best.min()) if best.size else math.inf)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from autotune.errors import ConfigurationError
 from autotune.search._model import AlignedGP, Hyperparameters, fit_map, quiet
-from autotune.search.observation import Data, Observation, best_loss, grouped, made_progress, standardised
+from autotune.search.observation import Data, Noise, Observation, best_loss, grouped, made_progress, standardised
 
 Rung = Literal["map", "restart", "last", "prior"]
 
@@ -151,6 +151,7 @@ def fit_surrogate(
     target_horizon_steps: int,
     prior: SurrogatePrior | None = None,
     last: Hyperparameters | None = None,
+    loss_noise: float = 0.0,
 ) -> Surrogate:
     """Fits the surrogate to the trials of this search and of earlier ones.
 
@@ -161,6 +162,8 @@ def fit_surrogate(
         target_horizon_steps: The horizon that will be asked about; farther horizons count less.
         prior: What to believe beforehand.
         last: Hyperparameters of the last good fit.
+        loss_noise: Standard deviation of a result of this search, in units of the loss, where it was measured
+            (paired probe losses give one); it is added to the learned one.
 
     Raises:
         ConfigurationError: A horizon is not positive. Losses may be anything.
@@ -173,7 +176,8 @@ def fit_surrogate(
     best = best_loss(groups.get(current, []))
     if current in groups and not made_progress(groups[current], initial_loss):
         return Surrogate(False, "prior", "no trial ended below its start", centre, best, None)
-    data = standardised(groups, current, target_horizon_steps, prior.horizon_noise, prior.stopped_noise)
+    noise = Noise(max(loss_noise, 0.0), prior.horizon_noise, prior.stopped_noise)
+    data = standardised(groups, current, target_horizon_steps, noise)
     if data is None:
         return Surrogate(False, "prior", "no trial to learn from", centre, best, None)
     with quiet():
