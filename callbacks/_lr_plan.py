@@ -8,7 +8,6 @@ from typing import Any
 from autotune.callbacks._trainer import horizon as horizons
 from autotune.stage.budget import Budget
 from autotune.stage.machine import StageMachine
-from autotune.stage.policy import SearchPolicy
 from autotune.stage.schedule import Shape
 from autotune.stage.settings import LRSettings
 
@@ -54,9 +53,7 @@ class LRPlan:
             self.machine = self._published_machine(updates)
         else:
             self.shape = Shape(decay=known, resolution=resolution)
-            self.machine = StageMachine(
-                search=self._settings.search, known_end=known, first=SearchPolicy().fine_at, refine=True
-            )
+            self.machine = StageMachine(search=self._settings.search, known_end=known)
 
     def _published_machine(self, updates: float) -> StageMachine:
         """AutoLRS's clock. On runs too short for it the stages keep their ratios: 1, 2, 4, 8 of fifteen parts."""
@@ -68,7 +65,6 @@ class LRPlan:
             first=_PUBLISHED_FIRST * scale,
             longest=_PUBLISHED_LONGEST * scale,
             forecast_at=math.inf,
-            refine=False,
             guard=False,
             decay=1.0,
         )

@@ -107,7 +107,7 @@ class LRRun:
 
     def finish(self) -> None:
         """The run has ended: the last stage is judged, and undone if it lost ground; then the sum is written."""
-        if self.state.index and self._searches.affords(self.left, 1):
+        if self.state.index and self.left >= self.trials.probe_cost:
             self._watch.read()
             probe = self._check()
             self._judge(self.state, probe, ())
@@ -178,10 +178,9 @@ class LRRun:
             self._begin_stage(progress, outcome.start)
 
     def _run_search(self, progress: float, why: str) -> SearchOutcome:
-        opening = self.state.searches < 2
         outcome = self._searches.run(progress, why)
         self._pay(outcome.cost, outcome.trial_steps)
-        if opening:  # the first search has two legs
+        if self.state.searches == 0:
             self._first_cost += outcome.cost
         self._search_seconds += outcome.seconds
         exempt_from_time_limit(self.trainer, outcome.seconds)
@@ -225,7 +224,7 @@ class LRRun:
     def _predict(self, progress: float) -> None:
         self._watch.read()
         numbers: dict[str, Any] = {"stage": self.state.index, "at_step": self.step, "target_step": self._end_step()}
-        if not self._searches.affords(self.left, 2):  # the probe here and the one at the stage's end
+        if self.left < 2 * self.trials.probe_cost:  # the probe here and the one at the stage's end
             self.state = self.plan.machine.predicted(self.state, None)
             self.record("forecast", "refuse", "the search budget has no room for the probes", numbers=numbers)
             return
@@ -248,7 +247,7 @@ class LRRun:
 
     def _end_stage(self, progress: float) -> None:
         self._watch.read()
-        if self._searches.affords(self.left, 1):
+        if self.left >= self.trials.probe_cost:
             self._settle(progress, self._check())
         else:
             self._begin_stage(progress, None)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: AutoLRS as published: candidates of a search, a stage's length in trials, validations of a late candidate.
 _PUBLISHED_CANDIDATES, _PUBLISHED_RATIO, _PUBLISHED_EVALUATIONS = 10, 10, 16
+#: Drift with no preferred sign (a preferred one was harmful), and horizons whose levels lie close together.
+_PRIOR = SurrogatePrior(drift=0.0, drift_sd=0.15, offset_sd=0.1)
 #: The first rates that are tried where nothing is known.
 _FIRST_TRIED = (1e-3, 1e-1)
 #: Rates that usually train at all, by optimizer family; used only where no search could be made.
@@ -75,54 +77,44 @@ class LRSearches:
         self._space = LogSpace(settings.low, settings.high)
         self.policy = SearchPolicy()
 
-    def affords(self, left: float, probes: int) -> bool:
-        """Whether ``left`` pays for so many probes, what the first search still needs not counted in."""
-        run = self._run
-        if run.state.searches == 1 and run.plan.machine.refine:
-            fine = self.policy.fine_leg(run.plan.searchable, run.spent, run.trials.probe_cost)
-            left = run.plan.searchable - run.spent - (0 if fine is None else fine.candidates * fine.steps)
-        return left >= probes * run.trials.probe_cost
-
     def run(self, progress: float, why: str) -> SearchOutcome:
         """Searches now, if the budget has room for it."""
         run = self._run
         current = run.state.lr
-        leg, allowance = self._leg()
-        if leg is None:
+        legs, allowance = self._legs()
+        if not legs:
             return self._skipped(why)
-        planned = self._planned(leg, current, progress)
-        result = run.trials.search([planned], index=run.state.searches, allowance=allowance)
-        return self._decided(result, leg, current, why)
+        planned = [self._planned(leg, index, current, progress) for index, leg in enumerate(legs)]
+        result = run.trials.search(planned, index=run.state.searches, allowance=allowance)
+        return self._decided(result, legs, current, why)
 
-    def _leg(self) -> tuple[Leg | None, float]:
+    def _legs(self) -> tuple[list[Leg], float]:
         """The search that is due now, and what it may cost."""
         run, probe = self._run, self._run.trials.probe_cost
         whole = run.plan.searchable
         if self._settings.objective == "forecast":
             return self._published_leg(whole if run.state.searches == 0 else run.left)
         if run.state.searches == 0:
-            return self.policy.coarse_leg(whole - run.spent, probe), whole - run.spent
-        if run.state.searches == 1:
-            return self.policy.fine_leg(whole, run.spent, probe), whole - run.spent
+            return self.policy.first(whole - run.spent, probe), whole - run.spent
         left = min(run.left, whole)
         every = self._settings.search == "every_stage"
-        return self.policy.later_leg(left, run.step, probe, at_any_length=every), left
+        leg = self.policy.later_leg(left, run.step, probe, at_any_length=every)
+        return [] if leg is None else [leg], left
 
-    def _published_leg(self, left: float) -> tuple[Leg | None, float]:
+    def _published_leg(self, left: float) -> tuple[list[Leg], float]:
         probe = self._run.trials.probe_cost * (_PUBLISHED_EVALUATIONS if self._run.state.index >= 2 else 0)
         affordable = int((left - self._run.trials.probe_cost) / _PUBLISHED_CANDIDATES - probe)
         steps = min(self._stage_steps() // _PUBLISHED_RATIO, affordable)
-        leg = Leg(_PUBLISHED_CANDIDATES, steps) if steps >= self.policy.shortest_coarse else None
-        return leg, left
+        return [Leg(_PUBLISHED_CANDIDATES, steps)] if steps >= self.policy.shortest_coarse else [], left
 
     def _stage_steps(self) -> int:
         plan = self._run.plan
         return max(1, round(plan.machine.length(self._run.state.index) * plan.updates))
 
-    def _planned(self, leg: Leg, current: float | None, progress: float) -> PlannedLeg:
+    def _planned(self, leg: Leg, index: int, current: float | None, progress: float) -> PlannedLeg:
         run, settings = self._run, self._settings
         published = settings.objective == "forecast"
-        searcher = self._searcher(leg, current)
+        searcher = self._searcher(leg, index, current)
         left = (1.0 - min(progress, 1.0)) * run.plan.updates
         target = max(leg.steps, round(left)) if run.plan.horizon.known else leg.steps
         log_current = None if current is None or published else math.log(self._space_clip(current))
@@ -141,7 +133,7 @@ class LRSearches:
             stop_early=settings.stop_early and not published,
         )
 
-    def _searcher(self, leg: Leg, current: float | None) -> Search:
+    def _searcher(self, leg: Leg, index: int, current: float | None) -> Search:
         if self._settings.objective == "forecast":
             seed = self._settings.seed + self._run.state.searches
             return PublishedSearch(self._space, candidates=leg.candidates, seed=seed)
@@ -149,25 +141,22 @@ class LRSearches:
             return BracketSearch(self._space)
         if self._settings.proposals == "grid":
             return GridSearch(self._space, candidates=leg.candidates, drift=0.0)
-        first = [lr for lr in _FIRST_TRIED if self._space.low <= lr <= self._space.high]
-        # On trials this short the best rate of the trial is taken as it is: their drift is not that of a run's.
-        prior = SurrogatePrior(drift=0.0, drift_sd=0.0)
-        return LRSearch(
-            self._space, candidates=leg.candidates, initial_points=first or None, min_progress=0.0, prior=prior
-        )
+        tried = [lr for lr in _FIRST_TRIED if self._space.low <= lr <= self._space.high]
+        design = () if index else tried or None
+        return LRSearch(self._space, candidates=leg.candidates, initial_points=design, min_progress=0.0, prior=_PRIOR)
 
     def _space_clip(self, lr: float) -> float:
         return min(max(lr, self._settings.low), self._settings.high)
 
     # ------------------------------------------------------------------ answers
 
-    def _decided(self, result: SearchResult, leg: Leg, current: float | None, why: str) -> SearchOutcome:
+    def _decided(self, result: SearchResult, legs: list[Leg], current: float | None, why: str) -> SearchOutcome:
         found = result.recommendation
         lr, action, reason = self._fallback(result, current)
         if found is not None and math.isfinite(found.log_lr):
             lr, action, reason = self._answer(found, current)
         reason = f"{reason} (searched because {why})"
-        numbers = self._numbers(result, leg)
+        numbers = self._numbers(result, legs)
         return SearchOutcome(lr, action, reason, numbers, result.start, result.cost, result.trial_steps, result.seconds)
 
     def _answer(self, found: Recommendation, current: float | None) -> tuple[float, str, str]:
@@ -206,11 +195,12 @@ class LRSearches:
     def _default(self) -> float:
         return self._space_clip(_DEFAULTS.get(self._family().lower(), _DEFAULT))
 
-    def _numbers(self, result: SearchResult, leg: Leg) -> dict[str, Any]:
+    def _numbers(self, result: SearchResult, legs: list[Leg]) -> dict[str, Any]:
         recommendation = result.recommendation
         table = () if recommendation is None else recommendation.table
         return {
-            "horizon_steps": leg.steps,
+            "horizon_steps": legs[-1].steps,
+            "legs": [[leg.candidates, leg.steps] for leg in legs],
             "initial_loss": result.start.loss,
             "candidates": [
                 {

@@ -218,7 +218,7 @@ def draw(folder: Path, decisions: list[Decision]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-steps", type=int, default=1500, help="total cost in steps, trials included (1500)")
+    parser.add_argument("--max-steps", type=int, default=2500, help="total cost in steps, trials included (2500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or gpu (auto)")
     parser.add_argument("--compare", action="store_true", help="also train under a cosine at three fixed rates")

@@ -119,7 +119,6 @@ class StageMachine:
         growth: Each stage is this much longer than the one before.
         longest: Cap on a stage's length where the end is not known.
         forecast_at: Share of a stage after which its end is predicted.
-        refine: Whether the first stage's end always asks for a search: the first one told only the decade.
         guard: Whether stages can be undone at all.
         lowering: Factor on the rate after a rollback.
         decay: Factor on the rate on a plateau where the end is not known.
@@ -137,7 +136,6 @@ class StageMachine:
     growth: float = 2.0
     longest: float = 0.4
     forecast_at: float = 0.6
-    refine: bool = True
     guard: bool = True
     lowering: float = 10**-0.5
     decay: float = 0.3
@@ -204,8 +202,6 @@ class StageMachine:
         plateau = any(item.startswith("plateau") for item in evidence)
         if plateau and not self.known_end and state.index > 1 and state.lr is not None:
             return replace(state, lr=state.lr * self.decay), "decay", evidence
-        if self.refine and state.index == 1:
-            return state, "search", ("the first search told only the decade", *evidence)
         if self.search == "every_stage" or evidence:
             return state, "search", evidence
         return state, "train", evidence

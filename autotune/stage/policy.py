@@ -1,11 +1,10 @@
 """How the steps that searching may cost are divided.
 
-The first search has two legs. The coarse one, before the first update, tries rates over all decades on trials of a few
-steps, which only tell the decade, and costs next to nothing. The fine one waits until the run has made its first few
-hundredths and tries three rates around the one in force, from the weights that have been trained: there a trial a
-fiftieth of the run long ranks as the run does, and the steps before it were not thrown away. What is left pays for
-probes; later searches need evidence, and trials long against what has been trained, for a short trial late in a run
-ranks rates as if the decay came next and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
+The first search has two legs. The coarse one tries rates over all decades on trials of a few steps, which only tell the
+decade, and costs next to nothing. The fine one tries a few of what is left on trials a fortieth of the run long. Both
+teach one surrogate, which learns from the two lengths how the best rate drifts with the length of the run. What is left
+pays for probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a
+run ranks rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ class Leg:
 
 @dataclass(frozen=True)
 class SearchPolicy:
-    """Shares of the whole budget (of which one hundredth of a run is a tenth, at the default of a tenth of the run).
+    """Shares of the whole budget, which by default is a tenth of the run.
 
     Attributes:
         coarse: Candidates of the coarse leg.
         coarse_trial: Length of one of its trials, as a share of the budget.
         fine: Candidates of the fine leg and of later searches.
         fine_trial: Length of one of its trials, as a share of the budget.
-        fine_at: Progress at which the fine leg runs.
         shortest_coarse: Trials below this many steps say nothing.
         shortest_fine: The same for the fine leg.
         reserve: Share of the budget that is kept for probes.
@@ -46,8 +44,7 @@ class SearchPolicy:
     coarse: int = 6
     coarse_trial: float = 1.0 / 32.0
     fine: int = 3
-    fine_trial: float = 0.2
-    fine_at: float = 0.04
+    fine_trial: float = 0.22
     shortest_coarse: int = 3
     shortest_fine: int = 5
     reserve: float = 0.1
@@ -58,27 +55,30 @@ class SearchPolicy:
         """What one probe may cost in steps."""
         return self.probe_share * budget
 
-    def coarse_leg(self, budget: float, probe: float) -> Leg | None:
-        """The leg before the first update; None where the budget does not pay for three trials.
+    def first(self, budget: float, probe: float) -> list[Leg]:
+        """The legs of the first search; none where the budget does not pay for three trials.
 
         Args:
             budget: Optimizer steps that searching may cost in the whole run.
             probe: Steps one probe costs (one before the search, one after each trial).
 
-        >>> SearchPolicy().coarse_leg(200.0, 1.0), SearchPolicy().coarse_leg(5.0, 1.0)
-        (Leg(candidates=6, steps=6), None)
+        >>> SearchPolicy().first(200.0, 1.0)
+        [Leg(candidates=6, steps=6), Leg(candidates=3, steps=44)]
+        >>> SearchPolicy().first(5.0, 1.0)
+        []
         """
+        left = (1.0 - self.reserve) * budget - probe
         steps = max(self.shortest_coarse, round(self.coarse_trial * budget))
-        allowance = (1.0 - self.reserve) * budget - probe
-        candidates = min(self.coarse, int(allowance / (steps + probe)))
-        return Leg(candidates, steps) if candidates >= 3 else None
-
-    def fine_leg(self, budget: float, spent: float, probe: float) -> Leg | None:
-        """The leg at :attr:`fine_at`, from what the coarse one has left; None where its trials would be too short."""
-        left = (1.0 - self.reserve) * budget - spent - probe
-        steps = int(min(self.fine_trial * budget, left / self.fine - probe))
-        enough = max(self.shortest_fine, 0.5 * self.fine_trial * budget)
-        return Leg(self.fine, steps) if steps >= enough else None
+        candidates = min(self.coarse, int(left / (steps + probe)))
+        if candidates < 3:
+            return []
+        coarse = Leg(candidates, steps)
+        left -= candidates * (steps + probe)
+        for count in range(self.fine, 0, -1):
+            steps = int(min(self.fine_trial * budget, left / count - probe))
+            if steps >= max(self.shortest_fine, 2 * coarse.steps):
+                return [coarse, Leg(count, steps)]
+        return [coarse]
 
     def later_leg(self, left: float, done: int, probe: float, *, at_any_length: bool = False) -> Leg | None:
         """A later search's leg; None where trials long enough to be fair cannot be paid.
