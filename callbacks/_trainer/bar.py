@@ -32,3 +32,23 @@ class BarItems:
         """Gives the bar its own method back."""
         if self._bar is not None:
             vars(self._bar).pop("get_metrics", None)
+
+
+def quiet_bars(trainer: Any) -> list[Any]:
+    """The trainer's progress bar as a callback that hears nothing, to stand in for all callbacks during a trial.
+
+    The rich bar is redrawn by a thread of its own, whose columns ask the trainer for "the" progress bar and fail
+    where there is none. The stand-in shares the bar's state, and only its hooks do nothing.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return []
+    hooks = [name for name in dir(bar) if name.startswith("on_") or name in ("setup", "teardown")]
+    quiet = type(type(bar).__name__, (type(bar),), dict.fromkeys(hooks, _nothing))
+    stand_in = object.__new__(quiet)
+    stand_in.__dict__ = vars(bar)
+    return [stand_in]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A hook that does not listen."""

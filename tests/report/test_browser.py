@@ -53,7 +53,7 @@ def wait_for(condition, seconds=10.0):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A real run under AutoLRS with a rollback in it."""
-    trainer, _ = train(tmp_path_factory.mktemp("real"), [AutoLRS(search_budget=0.3), Bomb()])
+    trainer, _ = train(tmp_path_factory.mktemp("real"), [AutoLRS(search_budget=0.5), Bomb()])
     return read_run(trainer.log_dir)
 
 

@@ -114,7 +114,7 @@ def test_explain_by_kind(tiny, capsys):
 
 
 def test_replay_exports_csv_and_json(tmp_path, capsys):
-    trainer, _ = train(tmp_path, [AutoLRS()], max_steps=60)
+    trainer, _ = train(tmp_path, [AutoLRS(search_budget=0.5)], max_steps=60)
     assert main(["replay", trainer.log_dir]) == 0
     shown = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert len(shown) == 60

@@ -251,3 +251,22 @@ def test_the_bar_gets_its_own_method_back(tmp_path, tiny):
 
 def test_without_a_logger_the_log_lies_in_the_root(tmp_path, tiny):
     assert fit(tmp_path, False, tiny.decisions).path == tmp_path / "decisions.jsonl"
+
+
+def test_the_rich_bar_can_be_drawn_during_a_trial(tmp_path, monkeypatch):
+    """Its columns are drawn by a thread that asks the trainer for the bar, also while callbacks are exchanged."""
+    from real_run import Net, train
+
+    from autotune.callbacks import AutoLRS
+
+    bar, drawn_in_trials = RichProgressBar(), []
+
+    def training_step(self, batch, batch_idx, own=Net.training_step):
+        bar.progress.make_tasks_table(bar.progress.tasks)
+        drawn_in_trials.append(bar not in self.trainer.callbacks)
+        return own(self, batch, batch_idx)
+
+    monkeypatch.setattr(Net, "training_step", training_step)
+    trainer, _ = train(tmp_path, [AutoLRS(search_budget=0.5), DecisionLogger(), bar], enable_progress_bar=True)
+    assert trainer.global_step == 120
+    assert sum(drawn_in_trials) > 5

@@ -45,7 +45,7 @@ def test_the_example_config_trains_and_writes_a_log(main, tmp_path):
     cli = main(["fit", "--config", CONFIG, *QUICK])
     assert the(AutoLRS, cli).settings.monitor == "val_loss"
     log = the(DecisionLogger, cli).path
-    assert log.is_relative_to(tmp_path)
+    assert (tmp_path / log).parent.parent.parent.name == "autotune_logs"
     assert read_decisions(log)[-1].kind == "finish"
 
 

@@ -43,7 +43,7 @@ def same(first, second):
 def test_a_replay_is_the_run_bit_for_bit(tmp_path, limits):
     limits = dict(limits)
     further = limits.pop("callbacks", [])
-    first = train(tmp_path / "a", [AutoLRS(), *further], **limits)
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), *further], **limits)
     fresh = [L.pytorch.callbacks.EarlyStopping("val_loss", patience=2) for _ in further]
     second = train(tmp_path / "b", [ReplaySchedule(first[0].log_dir), *fresh], **limits)
     assert len(column(first[0], "train_loss")) > 20
@@ -52,7 +52,7 @@ def test_a_replay_is_the_run_bit_for_bit(tmp_path, limits):
 
 
 def test_a_rollback_is_replayed_and_a_replay_too(tmp_path):
-    first = train(tmp_path / "a", [AutoLRS(), Bomb()])
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb()])
     rollbacks = [d for d in read_decisions(first[0].log_dir) if d.action == "roll_back"]
     assert rollbacks
     second = train(tmp_path / "b", [ReplaySchedule(first[0].log_dir), Bomb()])
@@ -62,7 +62,7 @@ def test_a_rollback_is_replayed_and_a_replay_too(tmp_path):
 
 
 def test_a_replay_makes_no_trial_and_says_so(tmp_path):
-    first = train(tmp_path / "a", [AutoLRS()])
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5)])
     callback = ReplaySchedule(first[0].log_dir)
     second = train(tmp_path / "b", [callback])
     played, found = read_decisions(second[0].log_dir), read_decisions(first[0].log_dir)
@@ -86,7 +86,7 @@ class Weights(L.Callback):
 @pytest.mark.filterwarnings("ignore:.*this run will make 57")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_replay_can_still_roll_back(tmp_path):
-    first = train(tmp_path / "a", [AutoLRS(), Bomb()])
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb()])
     rollback = next(d for d in read_decisions(first[0].log_dir) if d.action == "roll_back")
     assert rollback.numbers["to_step"] < 57 < rollback.step
     save = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "saved", filename="at57", every_n_train_steps=57)
@@ -104,7 +104,7 @@ def test_a_resumed_replay_can_still_roll_back(tmp_path):
 
 
 def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path):
-    trainer, _ = train(tmp_path, [AutoLRS()])
+    trainer, _ = train(tmp_path, [AutoLRS(search_budget=0.5)])
     logged = [float(text) for text in column(trainer, "autotune/lr")]
     schedule = load_schedule(trainer.log_dir)
     assert [schedule.rate(step) for step in range(120)] == logged
@@ -131,11 +131,11 @@ def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
-    trainer, _ = train(tmp_path / "a", [AutoLRS()])
+    trainer, _ = train(tmp_path / "a", [AutoLRS(search_budget=0.5)])
     with pytest.raises(UnsupportedSetupError, match=r"had none .* this module has one"):
         train(tmp_path / "b", [ReplaySchedule(trainer.log_dir)], scheduler=True)
     with pytest.raises(UnsupportedSetupError, match="ReplaySchedule and AutoLRS both"):
-        train(tmp_path / "b", [ReplaySchedule(trainer.log_dir), AutoLRS()])
+        train(tmp_path / "b", [ReplaySchedule(trainer.log_dir), AutoLRS(search_budget=0.5)])
     with pytest.warns(UserWarning, match="over 120 updates and this run will make 150"):
         train(tmp_path / "b", [ReplaySchedule(trainer.log_dir)], max_steps=150)
     with pytest.raises(LogFormatError, match="cannot read"):
