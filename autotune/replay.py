@@ -48,6 +48,7 @@ class Schedule:
         ratios: Each group's rate in units of the first group's.
         scheduled: The run had a scheduler of the user's: peaks multiply it, and there is no shape.
         events: Decisions by the step before which they take effect, in the order they were taken.
+        returns: Steps whose weights the run went back to later.
     """
 
     starts: tuple[int, ...]
@@ -60,6 +61,7 @@ class Schedule:
     ratios: tuple[float, ...] = (1.0,)
     scheduled: bool = False
     events: Mapping[int, tuple[Decision, ...]] = field(default_factory=dict)
+    returns: frozenset[int] = frozenset()
 
     def peak(self, step: int) -> float:
         """The peak under which the update after ``step`` updates runs."""
@@ -184,6 +186,7 @@ def schedule_of(decisions: list[Decision], name: str = "the log") -> Schedule:
         ratios=tuple(float(ratio) for ratio in ratios) if isinstance(ratios, list) and ratios else (1.0,),
         scheduled=bool(setup.numbers.get("scheduler", False)),
         events=_events(decisions),
+        returns=frozenset(int(_float(d.numbers.get("to_step"), -1)) for d in decisions if d.action == "roll_back"),
     )
 
 

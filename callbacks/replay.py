@@ -26,8 +26,8 @@ _TRIALS = frozenset({"candidates", "posterior", "legs", "trial_steps", "seconds"
 class ReplaySchedule(Callback):
     """Trains with the learning rates that an earlier run found, and makes no trial.
 
-    With the same seeds, model, data and trainer arguments the run is the logged one bit for bit: each stage's start
-    is remembered, and what was rolled back is rolled back again. With other seeds, or a longer run, it is a plain
+    With the same seeds, model, data and trainer arguments the run is the logged one bit for bit: weights
+    that were gone back to are remembered, and gone back to again. With other seeds, or a longer run, it is a plain
     schedule. A run that was limited by time is replayed by its updates, since a clock never ticks twice the same.
 
     The replay writes a decision log of its own, without the trials, which can be shown and replayed in turn.
@@ -106,8 +106,10 @@ class ReplaySchedule(Callback):
             RunLog.of(trainer).scalars({"lr": self._lr})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Writes the last record."""
+        """Goes back to the best weights if the logged run ended so, and writes the last record."""
         step = int(trainer.global_step)
+        for decision in self._player.play(step) if self._player is not None else ():
+            self._record(trainer, decision)
         numbers = {"lr": self._lr, "trial_steps": 0, "real_steps": step}
         reason = f"the schedule of {self.path} was replayed without a trial"
         self._record(trainer, Decision("finish", "end", reason, step, numbers=numbers))
@@ -166,7 +168,7 @@ class ReplaySchedule(Callback):
 
 
 class _Player:
-    """One fit: the optimizer, and the stage's start for a rollback.
+    """One fit: the optimizer, and the weights to go back to.
 
     Args:
         schedule: What to play.
@@ -186,20 +188,25 @@ class _Player:
     def before_update(self) -> tuple[Decision, ...]:
         """Does what the log says happened before this update, sets its rate, and returns what was played."""
         step = int(self._trainer.global_step)
+        played = self.play(step)
+        self.driver.apply(self._schedule.peak(step), self._schedule.shape(self._progress(step)))
+        return played
+
+    def play(self, step: int) -> tuple[Decision, ...]:
+        """Remembers weights that will be gone back to, and goes back, as the log says; returns what was played."""
         events = tuple(d for d in self._schedule.events.get(step, ()) if d.kind != "finish")
         for decision in events:
             if decision.kind == "rollback" and decision.action == "roll_back" and self._begun:
                 self._weights.restore()
                 self._optimizer.restore()
-            elif decision.kind == "stage" and decision.action == "begin":
+            elif decision.kind == "stage" and decision.action == "begin" and step in self._schedule.returns:
                 self._weights.capture()
                 self._optimizer.capture()
                 self._begun = True
-        self.driver.apply(self._schedule.peak(step), self._schedule.shape(self._progress(step)))
         return events
 
     def state_dict(self) -> dict[str, Any]:
-        """The stage's start, as primitives and tensors."""
+        """The weights to go back to, as primitives and tensors."""
         if not self._begun:
             return {}
         return {"weights": self._weights.state_dict(), "optimizer": self._optimizer.state_dict()}

@@ -66,9 +66,9 @@ def test_a_replay_makes_no_trial_and_says_so(tmp_path):
     callback = ReplaySchedule(first[0].log_dir)
     second = train(tmp_path / "b", [callback])
     played, found = read_decisions(second[0].log_dir), read_decisions(first[0].log_dir)
-    assert [(d.kind, d.step) for d in played] == [(d.kind, d.step) for d in found if d.step < 120 or d.kind == "finish"]
+    assert [(d.kind, d.step) for d in played] == [(d.kind, d.step) for d in found]
     assert sum(d.cost_steps for d in found) > 0
-    assert sum(d.cost_steps for d in played) == 0
+    assert sum(d.cost_steps for d in played if d.kind != "rollback") == 0
     assert played == callback.decisions
     assert callback.lr == float(column(second[0], "autotune/lr")[-1])
 
@@ -88,7 +88,7 @@ class Weights(L.Callback):
 def test_a_resumed_replay_can_still_roll_back(tmp_path):
     first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb()])
     rollback = next(d for d in read_decisions(first[0].log_dir) if d.action == "roll_back")
-    assert rollback.numbers["to_step"] < 57 < rollback.step
+    assert 0 < rollback.numbers["to_step"] < 57 < rollback.step < 120
     save = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "saved", filename="at57", every_n_train_steps=57)
     whole, resumed = Weights(), Weights()
     callbacks = [ReplaySchedule(first[0].log_dir), whole, Bomb(), save]
