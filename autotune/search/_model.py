@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ with warnings.catch_warnings():
     from botorch.models import SingleTaskGP
     from botorch.models.gpytorch import GPyTorchModel
     from botorch.models.model import Model
+    from botorch.optim.core import OptimizationStatus
+    from botorch.optim.fit import fit_gpytorch_mll_scipy
     from botorch.posteriors.gpytorch import GPyTorchPosterior
     from gpytorch.constraints import GreaterThan
     from gpytorch.distributions import MultivariateNormal
@@ -179,8 +182,21 @@ def fit_map(model: AlignedGP, max_iterations: int) -> Hyperparameters:
     likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
     with quiet():
         # One attempt: BoTorch's own restarts draw from the global generator.
-        fit_gpytorch_mll(likelihood, max_attempts=1, optimizer_kwargs={"options": {"maxiter": max_iterations}})
+        fit_gpytorch_mll(
+            likelihood,
+            optimizer=_converged,
+            max_attempts=1,
+            optimizer_kwargs={"options": {"maxiter": max_iterations}},
+        )
     return model.hyperparameters
+
+
+def _converged(*args: Any, **kwargs: Any) -> Any:
+    """BoTorch's L-BFGS, which passes a run that ran out of iterations as a fit; here it is a failure."""
+    result = fit_gpytorch_mll_scipy(*args, **kwargs)
+    if result.status is not OptimizationStatus.SUCCESS:
+        raise ArithmeticError(result.message)
+    return result
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Notation: as in :mod:`autotune.search.surrogate`.
 
 :class:`LRSearch` is this project's: informative prior, horizon-aware surrogate, current learning rate first.
-:class:`GridSearch` spends the same trials on a fixed grid, for the ablation. AutoLRS's own search is in
+The same trials on a fixed grid, for the ablation, are in :mod:`autotune.search.grid`, AutoLRS's own search in
 :mod:`autotune.search.published`. All three keep configuration in the object and what evolves in a
 :class:`~autotune.search.state.SearchState`.
 """
@@ -20,8 +20,9 @@ from torch import Tensor
 from autotune.errors import ConfigurationError
 from autotune.search._model import Hyperparameters
 from autotune.search.acquisition import MIN_GAP, Proposal, acquisition_values, propose
-from autotune.search.space import LogSpace
+from autotune.search.space import LOCAL_FACTOR, LogSpace
 from autotune.search.state import (
+    NOTHING,
     Outcome,
     PosteriorRow,
     Recommendation,
@@ -32,15 +33,12 @@ from autotune.search.state import (
 )
 from autotune.search.surrogate import Posterior, Surrogate, SurrogatePrior, fit_surrogate
 
-#: A search that starts from a current learning rate stays within this factor of it.
-LOCAL_FACTOR = 8.0
 #: Where good learning rates lie before anything is known: around 1e-3, one and a half decades to each side.
 _TYPICAL_LR = 1e-3
 _TYPICAL_REACH = 1.5 * math.log(10.0)
 _INNER = 0.35  # of the interval's width: an initial design stays this close to its middle
 _GRID = 161
 _TABLE = 41
-_NOTHING = Recommendation(math.nan, math.nan, math.nan, math.nan, False, 0.0, math.nan, math.nan, "no trial finished")
 
 
 class LRSearch:
@@ -143,21 +141,22 @@ class LRSearch:
         if fitted.posterior is None or not enough:
             return self._without_progress(state, fitted, fraction)
         posterior, reach = fitted.posterior, self._reach(state)
-        grid = reach.grid(4 * _GRID)
-        trial_mean, _ = posterior.predict(grid, state.horizon_steps)
-        optimum = float(grid[int(trial_mean.argmin())])
-        drifted = optimum - posterior.drift * math.log(state.target_horizon_steps / state.horizon_steps)
+        optimum = _lowest(posterior, reach, state.horizon_steps)
+        # Downwards only: an answer that is shifted up crosses the edge of stability, where losses grow tenfold.
+        drift = max(posterior.drift, 0.0)
+        drifted = optimum - drift * math.log(state.target_horizon_steps / state.horizon_steps)
         log_lr = self.space.clip(drifted)
         mean, sd = posterior.predict(torch.tensor([log_lr], dtype=torch.float64), state.target_horizon_steps)
-        gap, gap_sd = math.nan, math.nan
+        gap, trial_gap = (math.nan, math.nan), (math.nan, math.nan)
         if state.current_log_lr is not None:
-            gap, gap_sd = posterior.difference(state.current_log_lr, log_lr, state.target_horizon_steps)
+            gap = posterior.difference(state.current_log_lr, log_lr, state.target_horizon_steps)
+            trial_gap = posterior.difference(state.current_log_lr, optimum, state.horizon_steps)
         reason = (
             f"lowest posterior mean at {math.exp(optimum):.3g} after {state.horizon_steps} steps, shifted by "
-            f"drift {posterior.drift:.2f} to {state.target_horizon_steps} steps ({fitted.reason})"
+            f"drift {drift:.2f} to {state.target_horizon_steps} steps ({fitted.reason})"
         )
         table = self._table(posterior, state, reach.grid(_TABLE))
-        return Recommendation(optimum, log_lr, float(mean), float(sd), True, fraction, gap, gap_sd, reason, table)
+        return Recommendation(optimum, log_lr, float(mean), float(sd), True, fraction, *gap, reason, table, *trial_gap)
 
     def surrogate(self, state: SearchState) -> Surrogate:
         """The surrogate fitted to all trials of this search and of earlier ones."""
@@ -194,8 +193,8 @@ class LRSearch:
         elif harmless:
             log_lr, why = max(o.log_lr for o in harmless), f"{said}: the largest that did no harm"
         else:
-            return replace(_NOTHING, reason=said)
-        return replace(_NOTHING, log_lr_trial_optimum=log_lr, log_lr=log_lr, progress_fraction=fraction, reason=why)
+            return replace(NOTHING, reason=said)
+        return replace(NOTHING, log_lr_trial_optimum=log_lr, log_lr=log_lr, progress_fraction=fraction, reason=why)
 
     def _table(self, posterior: Posterior, state: SearchState, grid: Tensor) -> tuple[PosteriorRow, ...]:
         mean, sd = posterior.predict(grid, state.horizon_steps)
@@ -204,75 +203,15 @@ class LRSearch:
         return tuple(PosteriorRow(*row) for row in rows)
 
 
-class GridSearch:
-    """The same number of trials on a fixed grid of log learning rates; the best finished one is recommended.
-
-    Args:
-        space: Bounds.
-        candidates: Grid points; with a current learning rate it is the first and the rest lie around it.
-        drift: The recommendation is shifted by ``(h / H)^drift``, as :class:`LRSearch` expects beforehand.
-        seed: Has no influence.
-
-    Raises:
-        ConfigurationError: There is no candidate.
-    """
-
-    def __init__(
-        self, space: LogSpace | None = None, *, candidates: int = 7, drift: float = 0.1, seed: int = 0
-    ) -> None:
-        if candidates < 1:
-            raise ConfigurationError(f"GridSearch: candidates must be at least 1; got {candidates!r}")
-        self.space = space or LogSpace()
-        self.candidates = candidates
-        self.drift = drift
-        self.seed = seed
-
-    def init(
-        self,
-        initial_loss: float,
-        horizon_steps: int,
-        target_horizon_steps: int,
-        current_log_lr: float | None = None,
-        history: tuple[Outcome, ...] = (),
-        loss_noise: float = 0.0,
-    ) -> SearchState:
-        """As :meth:`LRSearch.init`; the history is kept and not used."""
-        return begin(initial_loss, horizon_steps, target_horizon_steps, current_log_lr, tuple(history), loss_noise)
-
-    def ask(self, state: SearchState) -> Proposal | None:
-        """The next grid point, from the smallest up; None when all were tried."""
-        done = len(state.outcomes)
-        if done >= self.candidates:
-            return None
-        if state.current_log_lr is None:
-            return Proposal(_fractions(self.space, self.candidates)[done], "grid")
-        if done == 0:
-            return Proposal(self.space.clip(state.current_log_lr), "the current learning rate")
-        around = self.space.around(state.current_log_lr, LOCAL_FACTOR)
-        return Proposal(_fractions(around, self.candidates - 1)[done - 1], "grid")
-
-    def tell(self, state: SearchState, outcome: Outcome) -> SearchState:
-        """The state after a trial."""
-        return record(state, outcome)
-
-    def recommend(self, state: SearchState) -> Recommendation:
-        """The best finished trial, shifted by the fixed drift."""
-        return best_observed(state, self.space, self.drift)
-
-
-def best_observed(state: SearchState, space: LogSpace, drift: float) -> Recommendation:
-    """The finished trial with the lowest loss, shifted to the target horizon by a fixed drift."""
-    best, fraction = state.best, progress_fraction(state)
-    if best is None:
-        return _NOTHING
-    log_lr = space.clip(best.log_lr - drift * math.log(state.target_horizon_steps / state.horizon_steps))
-    reason = f"lowest loss of {len(state.outcomes)} trials"
-    return Recommendation(best.log_lr, log_lr, 0.0, math.nan, fraction > 0, fraction, math.nan, math.nan, reason)
-
-
-def _fractions(space: LogSpace, points: int) -> list[float]:
-    """Middles of equal parts: the ends of an interval are rarely worth a trial."""
-    return [space.log_low + space.width * (k + 0.5) / points for k in range(points)]
+def _lowest(posterior: Posterior, reach: LogSpace, horizon_steps: int) -> float:
+    """Log learning rate with the lowest posterior mean: on the grid, then between its points."""
+    grid = reach.grid(_GRID)
+    mean, _ = posterior.predict(grid, horizon_steps)
+    best, step = float(grid[int(mean.argmin())]), float(grid[1] - grid[0])
+    near = best + step * torch.linspace(-1.0, 1.0, 21, dtype=torch.float64)
+    near = near.clamp(reach.log_low, reach.log_high)
+    mean, _ = posterior.predict(near, horizon_steps)
+    return float(near[int(mean.argmin())])
 
 
 def _initial_design(space: LogSpace, points: Sequence[float] | None) -> tuple[float, ...]:
@@ -284,10 +223,9 @@ def _initial_design(space: LogSpace, points: Sequence[float] | None) -> tuple[fl
             )
         return tuple(math.log(p) for p in points)
     middle, inner = 0.5 * (space.log_low + space.log_high), _INNER * space.width
-    centre = min(max(math.log(_TYPICAL_LR), middle - inner), middle + inner)
     reach = min(_TYPICAL_REACH, inner)
-    above, below = min(centre + reach, space.log_high), max(centre - reach, space.log_low)
-    return (centre, above, below)
+    centre = min(max(math.log(_TYPICAL_LR), middle - inner + reach), middle + inner - reach)
+    return (centre, centre + reach, centre - reach)
 
 
 def _observed(state: SearchState) -> list[float]:

@@ -29,7 +29,7 @@ from autotune.search._model import (
     quiet,
 )
 from autotune.search.acquisition import Proposal, largest_gap
-from autotune.search.optimizer import best_observed
+from autotune.search.grid import best_observed
 from autotune.search.space import LogSpace
 from autotune.search.state import Outcome, Recommendation, SearchState, begin, record
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from autotune.errors import ConfigurationError
 
+#: A search that starts from a current learning rate stays within this factor of it.
+LOCAL_FACTOR = 8.0
+
 
 @dataclass(frozen=True)
 class LogSpace:

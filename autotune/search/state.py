@@ -148,6 +148,9 @@ class Recommendation:
         gap_sd: Its standard deviation.
         reason: A sentence.
         table: The posterior over the space, for the log.
+        trial_gap: As ``gap``, at the trials' horizon against ``log_lr_trial_optimum``: what the trials themselves
+            say, without what is not known about the drift; NaN without a current learning rate.
+        trial_gap_sd: Its standard deviation.
     """
 
     log_lr_trial_optimum: float
@@ -160,6 +163,12 @@ class Recommendation:
     gap_sd: float
     reason: str
     table: tuple[PosteriorRow, ...] = ()
+    trial_gap: float = math.nan
+    trial_gap_sd: float = math.nan
+
+
+#: What a search advises when no trial finished.
+NOTHING = Recommendation(math.nan, math.nan, math.nan, math.nan, False, 0.0, math.nan, math.nan, "no trial finished")
 
 
 class Search(Protocol):

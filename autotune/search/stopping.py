@@ -29,12 +29,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autotune.errors import ConfigurationError
-from autotune.forecast.curve import fit_curve
+from autotune.forecast.curve import Forecast, fit_curve
 
 _Array = NDArray[np.float64]
 _RECENT = 5
@@ -118,7 +119,7 @@ class TrialStopper:
             blown = _blown_up(own, best, initial_loss)
             if blown is not None:
                 return Verdict(True, blown, "diverged")
-            passed = [s for s in self.steps(total_steps) if s <= own.size]
+            passed = [s for s in self.steps(total_steps) if 0 < s <= own.size]
             if not passed or best.size < total_steps or not math.isfinite(initial_loss):
                 return Verdict(False, "nothing to compare with yet")
             return self._hopeless(own[: passed[-1]], best[:total_steps], initial_loss)
@@ -142,10 +143,8 @@ class TrialStopper:
         return Verdict(False, "not far enough behind")
 
     def _forecast(self, own: _Array, best: _Array, window: int, progress: float) -> Verdict:
-        steps = np.arange(own.size)
         mine, rival = (
-            fit_curve(steps.tolist(), losses.tolist(), lower_bound=self.lower_bound).predict(best.size - 1, noisy=False)
-            for losses in (own, best[: own.size])
+            _forecast(tuple(losses.tolist()), best.size - 1, self.lower_bound) for losses in (own, best[: own.size])
         )
         if not (mine.trusted and rival.trusted):
             return Verdict(False, "not far enough behind, and no forecast to trust")
@@ -156,6 +155,12 @@ class TrialStopper:
                 True, f"forecast at least {mine.low:.3g}, where the best trial ended at {end:.3g}", "stopped"
             )
         return Verdict(False, "may still win")
+
+
+@lru_cache(maxsize=32)
+def _forecast(losses: tuple[float, ...], step: int, lower_bound: float | None) -> Forecast:
+    """Of the curve itself; kept, because every step between two checkpoints asks the same."""
+    return fit_curve(range(len(losses)), losses, lower_bound=lower_bound).predict(step, noisy=False)
 
 
 def _blown_up(own: _Array, best: _Array, initial_loss: float) -> str | None:

@@ -69,6 +69,7 @@ class SurrogatePrior:
 _CREDIBLE_FACTOR = 8.0
 _DRIFT_NODES = 15
 _DRIFT_REACH = 5.0  # standard deviations to each side
+_AT_ONCE = 64
 _RESTART = (0.6, 1.4, 2.0)
 
 
@@ -91,7 +92,14 @@ class Posterior:
     def _joint(self, log_lr: Tensor, horizon_steps: float) -> tuple[Tensor, Tensor]:
         shift = self._nodes[:, None] * (math.log(horizon_steps) - self._log_reference)
         z = log_lr.to(self._nodes)[None, :] + shift
-        return self._model.joint(torch.stack([z, torch.zeros_like(z)], dim=-1))
+        if self._model.train_targets.shape[0] == z.shape[0]:
+            return self._model.joint(torch.stack([z, torch.zeros_like(z)], dim=-1))
+        # One horizon was observed: every drift sees the same trials, and at that horizon asks the same question.
+        rows = z if bool(shift.any()) else z[:1]
+        flat = rows.reshape(1, -1)
+        mean, covariance = self._model.joint(torch.stack([flat, torch.zeros_like(flat)], dim=-1))
+        blocks = covariance.reshape(*rows.shape, *rows.shape).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        return mean.reshape(rows.shape).expand_as(z), blocks.expand(z.shape[0], -1, -1)
 
     def predict(self, log_lr: Tensor, horizon_steps: float) -> tuple[Tensor, Tensor]:
         """Progress left, u, of learning rates at a horizon, without the noise of a trial.
@@ -104,13 +112,18 @@ class Posterior:
         Returns:
             Mean and standard deviation, each of shape (m,).
         """
-        mean, covariance = self._joint(log_lr, horizon_steps)
-        variance = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
-        return _moments(self._weight, mean, variance)
+        # In parts, because GPyTorch computes all covariances of the points it is asked about.
+        parts = []
+        for part in torch.split(log_lr, _AT_ONCE):
+            mean, covariance = self._joint(part, horizon_steps)
+            variance = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
+            parts.append(_moments(self._weight, mean, variance))
+        means, deviations = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(deviations)
 
     def difference(self, log_lr: float, other: float, horizon_steps: float) -> tuple[float, float]:
         """u(log_lr) - u(other), which are correlated: mean and standard deviation."""
-        mean, cov = self._joint(torch.tensor([log_lr, other]), horizon_steps)
+        mean, cov = self._joint(torch.tensor([log_lr, other], dtype=torch.float64), horizon_steps)
         variance = (cov[:, 0, 0] + cov[:, 1, 1] - 2.0 * cov[:, 0, 1]).clamp_min(0.0)
         centre, sd = _moments(self._weight, (mean[:, 0] - mean[:, 1])[:, None], variance[:, None])
         return float(centre), float(sd)
@@ -264,5 +277,5 @@ def _integrate(data: Data, prior: SurrogatePrior, values: Hyperparameters, steps
     if not bool(weight.isfinite().all()) or nodes.numel() == 0:
         raise ArithmeticError("the evidence is not finite")
     drift, drift_sd = _moments(weight, nodes[:, None], torch.zeros_like(nodes)[:, None])
-    model = _model(data, nodes, prior, values)
+    model = _model(data, nodes if data.log_ratio.any() else nodes[:1], prior, values)
     return Posterior(float(drift), float(drift_sd), model, nodes, weight, math.log(steps))

@@ -113,7 +113,9 @@ class TestMonitor:
                 super().validation_step(batch, batch_idx)
                 self.log("val_acc", 0.5)
 
-        said = refused(tmp_path, MonitorError, "monitor='valid_loss'", module=Two(), callback=AutoLRS(monitor="valid_loss"))
+        said = refused(
+            tmp_path, MonitorError, "monitor='valid_loss'", module=Two(), callback=AutoLRS(monitor="valid_loss")
+        )
         assert "val_acc, val_loss" in said
         assert "self.log('valid_loss', ...)" in said
 
@@ -125,7 +127,9 @@ class TestMonitor:
             def validation_step(self, batch, batch_idx):
                 pass
 
-        refused(tmp_path, MonitorError, "validation logs nothing", module=Silent(), callback=AutoLRS(monitor="val_loss"))
+        refused(
+            tmp_path, MonitorError, "validation logs nothing", module=Silent(), callback=AutoLRS(monitor="val_loss")
+        )
 
 
 @pytest.mark.parametrize(

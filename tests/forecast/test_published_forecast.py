@@ -14,8 +14,8 @@ def series(n=100, c=0.5, sd=0.0, seed=0):
 
 def test_clean_exponential_is_extrapolated_where_its_spline_can_follow():
     """The spline's smoothing is absolute: a loss in the thousands is followed, a loss of 2.5 becomes a parabola."""
-    assert published_forecast(1000 * series(), 1000) == pytest.approx(500.0, rel=0.02)
-    assert published_forecast(series(), 1000) < 0.45
+    assert published_forecast(1000 * series(), 1000) == pytest.approx(500.0, rel=0.1)
+    assert published_forecast(series(), 1000) < 0.4
 
 
 def test_it_goes_below_zero_where_ours_cannot():
