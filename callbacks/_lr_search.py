@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _PUBLISHED_CANDIDATES, _PUBLISHED_RATIO, _PUBLISHED_EVALUATIONS = 10, 10, 16
 #: Drift with no preferred sign (a preferred one was harmful), and horizons whose levels lie close together.
 _PRIOR = SurrogatePrior(drift=0.0, drift_sd=0.15, offset_sd=0.1)
+#: A later search changes the rate only for this share of a trial's progress, and for more than its deviation.
+_WORTH_CHANGING = 0.05
 #: The first rates that are tried where nothing is known.
 _FIRST_TRIED = (1e-3, 1e-1)
 #: Rates that usually train at all, by optimizer family; used only where no search could be made.
@@ -114,13 +116,15 @@ class LRSearches:
     def _planned(self, leg: Leg, index: int, current: float | None, progress: float) -> PlannedLeg:
         run, settings = self._run, self._settings
         published = settings.objective == "forecast"
-        searcher = self._searcher(leg, index, current)
         left = (1.0 - min(progress, 1.0)) * run.plan.updates
         target = max(leg.steps, round(left)) if run.plan.horizon.known else leg.steps
         log_current = None if current is None or published else math.log(self._space_clip(current))
 
-        def begin(start: Probe, outcomes: tuple[Outcome, ...]) -> SearchState:
-            return searcher.init(start.loss, leg.steps, target, log_current, outcomes)
+        def searcher(before: Recommendation | None) -> Search:
+            return self._searcher(leg, before, current)
+
+        def begin(search: Search, start: Probe, outcomes: tuple[Outcome, ...]) -> SearchState:
+            return search.init(start.loss, leg.steps, target, log_current, outcomes)
 
         level = 1.0 if current is None else max(run.driver.level(run.plan.shape(progress)), 1e-3)
         return PlannedLeg(
@@ -133,17 +137,28 @@ class LRSearches:
             stop_early=settings.stop_early and not published,
         )
 
-    def _searcher(self, leg: Leg, index: int, current: float | None) -> Search:
+    def _searcher(self, leg: Leg, before: Recommendation | None, current: float | None) -> Search:
         if self._settings.objective == "forecast":
             seed = self._settings.seed + self._run.state.searches
             return PublishedSearch(self._space, candidates=leg.candidates, seed=seed)
         if current is not None:
-            return BracketSearch(self._space)
+            return BracketSearch(current, self._space, candidates=leg.candidates, prior=_PRIOR)
         if self._settings.proposals == "grid":
-            return GridSearch(self._space, candidates=leg.candidates, drift=0.0)
+            return self._grid(leg, before)
+        if before is not None and math.isfinite(before.log_lr):
+            centre = math.exp(before.log_lr_trial_optimum)
+            return BracketSearch(centre, self._space, candidates=leg.candidates, prior=_PRIOR)
         tried = [lr for lr in _FIRST_TRIED if self._space.low <= lr <= self._space.high]
-        design = () if index else tried or None
-        return LRSearch(self._space, candidates=leg.candidates, initial_points=design, min_progress=0.0, prior=_PRIOR)
+        return LRSearch(
+            self._space, candidates=leg.candidates, initial_points=tried or None, min_progress=0.0, prior=_PRIOR
+        )
+
+    def _grid(self, leg: Leg, before: Recommendation | None) -> Search:
+        """The ablation: as many trials of the same lengths, at fixed places; the second leg's in the best cell."""
+        space = self._space
+        if before is not None and math.isfinite(before.log_lr):
+            space = space.around(before.log_lr, (space.high / space.low) ** (1.0 / self.policy.coarse))
+        return GridSearch(space, candidates=leg.candidates, drift=0.0)
 
     def _space_clip(self, lr: float) -> float:
         return min(max(lr, self._settings.low), self._settings.high)
@@ -161,9 +176,12 @@ class LRSearches:
 
     def _answer(self, found: Recommendation, current: float | None) -> tuple[float, str, str]:
         lr = self._space_clip(math.exp(found.log_lr))
-        if current is None or lr != self._space_clip(current):
+        if current is None or self._settings.objective == "forecast":
             return lr, "set_lr", found.reason
-        return current, "keep_lr", found.reason
+        promised = f"{found.gap:.2f} +- {found.gap_sd:.2f} of a trial's progress"
+        if math.isfinite(found.gap) and found.gap > max(_WORTH_CHANGING, found.gap_sd):
+            return lr, "set_lr", f"a change promises {promised}: {found.reason}"
+        return current, "keep_lr", f"a change promises only {promised}"
 
     def _fallback(self, result: SearchResult, current: float | None) -> tuple[float, str, str]:
         """Without a recommendation: the current rate, the best finished trial, a default by optimizer family."""
@@ -186,8 +204,11 @@ class LRSearches:
         if current is not None:
             return SearchOutcome(current, "skip", f"{missing}: the current rate stays")
         lr = self._default()
+        start, cost = None, 0.0
+        if self._run.left >= self._run.trials.probe_cost:  # a monitor that nothing logs is refused all the same
+            start, cost = self._run.trials.probe(), self._run.trials.probe_cost
         reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
-        return SearchOutcome(lr, "skip", reason)
+        return SearchOutcome(lr, "skip", reason, start=start, cost=cost)
 
     def _family(self) -> str:
         return type(self._run.optimizer).__name__

@@ -35,8 +35,8 @@ class PlannedLeg:
     """How the candidates of one leg of a search are tried.
 
     Attributes:
-        searcher: Proposes them.
-        begin: Makes the searcher's first state from the probe of the present weights and the search's trials so far.
+        searcher: Makes what proposes them, given the answer of the leg before (None for the first).
+        begin: Makes its first state from the probe of the present weights and the search's trials so far.
         shape: Of a trial's rate; its ``steps`` are the trial's length.
         level: Share of its peak at which the run's rate stands now; a candidate is a peak.
         forecast_to: Extrapolate each trial's training loss to this step (AutoLRS as published); None reads the probe.
@@ -44,8 +44,8 @@ class PlannedLeg:
         stop_early: Whether hopeless candidates are stopped.
     """
 
-    searcher: Search
-    begin: Callable[[Probe, tuple[Outcome, ...]], SearchState]
+    searcher: Callable[[Recommendation | None], Search]
+    begin: Callable[[Search, Probe, tuple[Outcome, ...]], SearchState]
     shape: TrialShape
     level: float = 1.0
     forecast_to: int | None = None
@@ -182,10 +182,11 @@ class Trials:
         text: str,
         allowance: float,
     ) -> None:
-        state = leg.begin(result.start, tuple(result.outcomes))
+        searcher = leg.searcher(result.recommendation)
+        state = leg.begin(searcher, result.start, tuple(result.outcomes))
         best: Outcome | None = None
         tried = 0
-        while (proposal := leg.searcher.ask(state)) is not None:
+        while (proposal := searcher.ask(state)) is not None:
             if result.cost + leg.shape.steps + max(1, leg.evaluations) * self.probe_cost > allowance:
                 break
             tried += 1
@@ -197,11 +198,11 @@ class Trials:
             result.reasons.append(reason or proposal.reason)
             result.trial_steps += outcome.steps
             result.cost += outcome.steps + self._probes_made(leg, outcome) * self.probe_cost
-            state = leg.searcher.tell(state, outcome)
+            state = searcher.tell(state, outcome)
             if outcome.status == "finished" and (best is None or outcome.loss < best.loss):
                 best = outcome
         if tried and any(outcome.status != "diverged" for outcome in result.outcomes):
-            result.recommendation = leg.searcher.recommend(state)
+            result.recommendation = searcher.recommend(state)
 
     @staticmethod
     def _probes_made(leg: PlannedLeg, outcome: Outcome) -> int:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from autotune import Decision
 from autotune.callbacks import AutoLRS
 
-CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 64, 16, 64, 3, 4
+CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 48, 16, 64, 2, 4
 BUDGET = 0.1
 COSINE_LRS = (3e-4, 1e-3, 3e-3)
 
@@ -218,7 +218,7 @@ def draw(folder: Path, decisions: list[Decision]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-steps", type=int, default=2500, help="total cost in steps, trials included (2500)")
+    parser.add_argument("--max-steps", type=int, default=4000, help="total cost in steps, trials included (4000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or gpu (auto)")
     parser.add_argument("--compare", action="store_true", help="also train under a cosine at three fixed rates")

@@ -3,7 +3,7 @@
 from autotune.search.acquisition import Proposal
 from autotune.search.bracket import BracketSearch
 from autotune.search.grid import GridSearch
-from autotune.search.optimizer import GridSearch, LRSearch
+from autotune.search.optimizer import LRSearch
 from autotune.search.published import PublishedSearch
 from autotune.search.space import LogSpace
 from autotune.search.state import Outcome, PosteriorRow, Recommendation, Search, SearchState

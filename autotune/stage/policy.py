@@ -1,10 +1,10 @@
 """How the steps that searching may cost are divided.
 
-The first search has two legs. The coarse one tries rates over all decades on trials of a few steps, which only tell the
-decade, and costs next to nothing. The fine one tries a few of what is left on trials a fortieth of the run long. Both
-teach one surrogate, which learns from the two lengths how the best rate drifts with the length of the run. What is left
-pays for probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a
-run ranks rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
+The first search has two legs. The coarse one tries rates over all decades on trials of a few steps, which only tell
+the decade, and costs next to nothing. The fine one walks from there on trials a sixtieth of the run long. Both teach
+one surrogate, which learns from the two lengths how the best rate drifts with the length. What remains pays for
+probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a run ranks
+rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class SearchPolicy:
     Attributes:
         coarse: Candidates of the coarse leg.
         coarse_trial: Length of one of its trials, as a share of the budget.
-        fine: Candidates of the fine leg and of later searches.
+        fine: Candidates of the fine leg.
+        local: Candidates of a later search.
         fine_trial: Length of one of its trials, as a share of the budget.
         shortest_coarse: Trials below this many steps say nothing.
         shortest_fine: The same for the fine leg.
@@ -43,8 +44,9 @@ class SearchPolicy:
 
     coarse: int = 6
     coarse_trial: float = 1.0 / 32.0
-    fine: int = 3
-    fine_trial: float = 0.22
+    fine: int = 4
+    local: int = 3
+    fine_trial: float = 1.0 / 6.0
     shortest_coarse: int = 3
     shortest_fine: int = 5
     reserve: float = 0.1
@@ -63,7 +65,7 @@ class SearchPolicy:
             probe: Steps one probe costs (one before the search, one after each trial).
 
         >>> SearchPolicy().first(200.0, 1.0)
-        [Leg(candidates=6, steps=6), Leg(candidates=3, steps=44)]
+        [Leg(candidates=6, steps=6), Leg(candidates=4, steps=33)]
         >>> SearchPolicy().first(5.0, 1.0)
         []
         """
@@ -89,6 +91,6 @@ class SearchPolicy:
             probe: Steps one probe costs.
             at_any_length: Search even with trials too short to rank fairly (``search="every_stage"``).
         """
-        steps = int((left - probe) / self.fine - probe)
+        steps = int((left - probe) / self.local - probe)
         enough = self.shortest_fine if at_any_length else max(self.shortest_fine, self.ranking * done)
-        return Leg(self.fine, steps) if steps >= enough else None
+        return Leg(self.local, steps) if steps >= enough else None

@@ -121,7 +121,7 @@ class Tiny(L.LightningModule):
         if "groups" in self.traits:
             groups = [
                 {"params": self.body.parameters(), "lr": self.lr},
-                {"params": self.head.parameters(), "lr": 0.1 * self.lr, "weight_decay": 0.1},
+                {"params": self.head.parameters(), "lr": 0.125 * self.lr, "weight_decay": 0.1},
             ]
         lr: Any = torch.tensor(self.lr) if "tensor_lr" in self.traits else self.lr
         optimizer = {

@@ -34,7 +34,9 @@ class Run:
         self.callback = controller(min_lr=1e-4, max_lr=3e-2)
         self.module = module or Tiny("batchnorm", "dropout", "random")
         ours = [self.callback] if tuned else []
-        self.trainer = trainer(folder, *ours, *callbacks, self.witness, enable_checkpointing=bool(callbacks), **settings)
+        self.trainer = trainer(
+            folder, *ours, *callbacks, self.witness, enable_checkpointing=bool(callbacks), **settings
+        )
         self.trainer.fit(self.module, loader(batch=8, **(data or {})), val_loader(), ckpt_path=ckpt)
 
     @property

@@ -3,8 +3,9 @@
 import random
 
 import pytest
+import torch
 
-from autotune.search._model import Hyperparameters
+from autotune.search._model import AlignedGP, Hyperparameters
 from autotune.search.observation import Observation
 from autotune.search.surrogate import SurrogatePrior, fit_surrogate
 
@@ -85,3 +86,16 @@ def test_a_start_that_cannot_be_fitted_from_is_restarted():
     """A length scale of 1e200 has no gradient: the optimizer stays there, and elsewhere it does not."""
     result = fit(observed(12), last=Hyperparameters(1e200, 0.5, 0.03))
     assert result.fit == "restart"
+
+
+@pytest.mark.parametrize("centre", [Hyperparameters(), Hyperparameters(0.7, 0.9, 0.1)])
+def test_the_priors_have_their_modes_at_the_fixed_values(centre):
+    def log_prior(values):
+        x = torch.tensor([[-5.0, 0.0], [-4.0, 0.0]], dtype=torch.float64)
+        one = torch.ones(2, dtype=torch.float64)
+        model = AlignedGP(x, one, 0 * one, values, centre, (0.3, 0.3, 0.5), 0.3)
+        return sum(float(prior.log_prob(read(module))) for _, module, prior, read, _ in model.named_priors())
+
+    top = log_prior(centre)
+    for factors in ((1.05, 1, 1), (0.95, 1, 1), (1, 1.05, 1), (1, 0.95, 1), (1, 1, 1.05), (1, 1, 0.95)):
+        assert log_prior(centre.scaled(factors)) < top
