@@ -45,7 +45,7 @@ def quiet_bars(trainer: Any) -> list[Any]:
         return []
     hooks = [name for name in dir(bar) if name.startswith("on_") or name in ("setup", "teardown")]
     quiet = type(type(bar).__name__, (type(bar),), dict.fromkeys(hooks, _nothing))
-    stand_in = object.__new__(quiet)
+    stand_in: Any = object.__new__(quiet)
     stand_in.__dict__ = vars(bar)
     return [stand_in]
 
