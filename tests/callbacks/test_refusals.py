@@ -73,7 +73,7 @@ def test_a_second_controller(tmp_path):
     second.__class__ = AutoLRS
     runner = trainer(tmp_path, AutoLRS(), max_steps=10)
     runner.callbacks.append(second)
-    with pytest.raises(UnsupportedSetupError, match="two of this callback.*keep one"):
+    with pytest.raises(UnsupportedSetupError, match=r"two of this callback.*keep one"):
         runner.fit(Tiny(), loader(), val_loader())
     with pytest.raises((UnsupportedSetupError, RuntimeError), match=r"two of this callback|more than one"):
         trainer(tmp_path, AutoLRS(), AutoLRS(), max_steps=10).fit(Tiny(), loader(), val_loader())

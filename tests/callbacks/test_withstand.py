@@ -82,7 +82,7 @@ class TestLosses:
 
         callback = controller(monitor="val_acc", mode="max", min_lr=1e-4, max_lr=3e-2)
         fit(tmp_path, Scored(), callback=callback, max_steps=120)
-        trials = [one for one in searches(callback)[0].numbers["candidates"]]
+        trials = searches(callback)[0].numbers["candidates"]
         assert all(-1.0 <= one["loss"] <= 0.0 for one in trials if one["status"] == "finished")
 
 
