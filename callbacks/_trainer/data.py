@@ -123,7 +123,7 @@ def _refuse_shared_stream(dataset: Any) -> None:
 
 def data_state(*combined: Any) -> Attributes:
     """What iterating the loaders may change on data sets and samplers: counters and generators."""
-    objects = []
+    objects: list[Any] = []
     for loader in [item for whole in combined if whole is not None for item in whole.flattened]:
         for name in ("dataset", "sampler", "batch_sampler"):
             item = getattr(loader, name, None)
