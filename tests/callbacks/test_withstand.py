@@ -5,7 +5,6 @@ import math
 import lightning as L
 import pytest
 import torch
-from harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autotune.callbacks import AutoLRS
 from autotune.decision import read_decisions
+from tests.callbacks.harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
 
 pytestmark = pytest.mark.usefixtures("several_searches")
 
