@@ -9,8 +9,6 @@ bounded cache and handed out as copies (a ``training_step`` may write into its b
 from __future__ import annotations
 
 import copy
-import io
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -112,12 +110,21 @@ def _shuffled(loader: DataLoader[Any], limit: float, generator: torch.Generator)
 
 
 def _refuse_shared_stream(dataset: Any) -> None:
-    streams = (types.GeneratorType, io.IOBase)
-    held = [name for name, value in vars(dataset).items() if isinstance(value, streams)]
-    if held and hasattr(dataset, "__next__"):
+    held = {name: value for name, value in vars(dataset).items() if isinstance(value, Iterator)}
+    if not held:
+        return
+    # A data set that makes its iterators anew in __iter__ is put back by data_state; one that hands them out is not.
+    before = Attributes([dataset])
+    before.capture()
+    read = iter(dataset)
+    shared = [
+        name for name, value in held.items() if read is value or (read is dataset and vars(dataset)[name] is value)
+    ]
+    before.restore()
+    if shared:
         raise UnsupportedSetupError(
-            f"the IterableDataset {type(dataset).__name__} is its own iterator over {held[0]!r}, which cannot be "
-            "read twice, so trials would consume the training data; return a new iterator from __iter__"
+            f"the IterableDataset {type(dataset).__name__} only hands out its iterator {shared[0]!r}, which "
+            "cannot be read twice, so trials would consume the training data; return a new iterator from __iter__"
         )
 
 

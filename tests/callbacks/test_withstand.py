@@ -5,7 +5,6 @@ import math
 import lightning as L
 import pytest
 import torch
-from harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autotune.callbacks import AutoLRS
 from autotune.decision import read_decisions
+from tests.callbacks.harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
 
 pytestmark = pytest.mark.usefixtures("several_searches")
 
@@ -82,7 +82,7 @@ class TestLosses:
 
         callback = controller(monitor="val_acc", mode="max", min_lr=1e-4, max_lr=3e-2)
         fit(tmp_path, Scored(), callback=callback, max_steps=120)
-        trials = [one for one in searches(callback)[0].numbers["candidates"]]
+        trials = searches(callback)[0].numbers["candidates"]
         assert all(-1.0 <= one["loss"] <= 0.0 for one in trials if one["status"] == "finished")
 
 
