@@ -69,14 +69,28 @@ def _save_mutable(value: Any, memo: dict[int, Restore]) -> Restore:
     return lambda: value
 
 
+def written_once(tensor: Tensor) -> Tensor:
+    """A view of ``tensor`` with each memory location once: an expanded tensor cannot be written as a whole.
+
+    >>> written_once(torch.zeros(2, 1).expand(2, 3)).shape
+    torch.Size([2, 1])
+    """
+    if tensor.layout != torch.strided:
+        return tensor
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
 def _save_tensor(tensor: Tensor) -> Restore:
-    content = tensor.detach().clone()
+    content = written_once(tensor.detach()).clone()
 
     def restore() -> Tensor:
         if tensor.is_inference():  # may not be written outside inference mode
-            return content.clone()
+            return content.expand_as(tensor).clone()
         with torch.no_grad():
-            tensor.detach().copy_(content)
+            written_once(tensor.detach()).copy_(content)
         return tensor
 
     return restore

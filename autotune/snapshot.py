@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autotune.pystate import Attributes, Restore, save
+from autotune.pystate import Attributes, Restore, save, written_once
 from autotune.randomness import RandomState
 
 #: Attributes every ``nn.Module`` has, apart from its mode: hook tables and the tensor tables kept below.
@@ -52,7 +52,7 @@ class TensorCopies:
 
     def save(self, tensors: Iterable[Tensor]) -> None:
         """Copies ``tensors``; buffers of earlier calls serve again where the layout is the same."""
-        self._tensors = [tensor.detach() for tensor in tensors]
+        self._tensors = [written_once(tensor.detach()) for tensor in tensors]
         spare = self._buffers
         self._buffers = [
             spare[index] if index < len(spare) and _same_layout(spare[index], tensor) else _buffer_for(tensor)

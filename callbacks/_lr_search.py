@@ -205,9 +205,8 @@ class LRSearches:
             return SearchOutcome(current, "skip", f"{missing}: the current rate stays")
         lr = self._default()
         start, cost = None, 0.0
-        if (
-            self._run.plan.searchable >= self._run.trials.probe_cost
-        ):  # a monitor that nothing logs is refused all the same
+        # It stands in for the first search, before which nothing is "left" yet: a monitor that nothing logs is refused.
+        if self._run.plan.searchable - self._run.spent >= self._run.trials.probe_cost:
             start, cost = self._run.trials.probe(), self._run.trials.probe_cost
         reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
         return SearchOutcome(lr, "skip", reason, start=start, cost=cost)

@@ -229,6 +229,8 @@ def main() -> None:
         parser.error("--max-steps must be at least 20")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*You already called `self.log.*")
+    # So small a model gains nothing from a second thread, and loses much to whatever else runs on the machine.
+    torch.set_num_threads(1)
     folder = args.out or Path(tempfile.mkdtemp(prefix="autotune-quickstart-"))
 
     began = time.monotonic()

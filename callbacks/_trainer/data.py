@@ -111,20 +111,33 @@ def refuse_one_shot(combined: Any) -> None:
         UnsupportedSetupError: Naming the loader or data set, and what to do.
     """
     for loader in combined.flattened:
-        if not isinstance(loader, DataLoader):
-            if hasattr(loader, "__next__"):
-                raise UnsupportedSetupError(
-                    f"the loader {type(loader).__name__} is its own iterator, so trials would consume the "
-                    "training data; give the Trainer a DataLoader, or an object whose __iter__ returns a new iterator"
-                )
-        elif isinstance(loader.dataset, IterableDataset) and hasattr(loader.dataset, "__next__"):
-            held = [name for name, value in vars(loader.dataset).items() if isinstance(value, Iterator)]
-            if held:
-                raise UnsupportedSetupError(
-                    f"the IterableDataset {type(loader.dataset).__name__} is its own iterator over {held[0]!r}, which "
-                    "cannot be read twice, so trials would consume the training data; return a new iterator from "
-                    "__iter__"
-                )
+        if isinstance(loader, DataLoader):
+            if isinstance(loader.dataset, IterableDataset):
+                _refuse_shared_stream(loader.dataset)
+        elif hasattr(loader, "__next__"):
+            raise UnsupportedSetupError(
+                f"the loader {type(loader).__name__} is its own iterator, so trials would consume the "
+                "training data; give the Trainer a DataLoader, or an object whose __iter__ returns a new iterator"
+            )
+
+
+def _refuse_shared_stream(dataset: Any) -> None:
+    held = {name: value for name, value in vars(dataset).items() if isinstance(value, Iterator)}
+    if not held:
+        return
+    # A data set that makes its iterators anew in __iter__ is put back by data_state; one that hands them out is not.
+    before = Attributes([dataset])
+    before.capture()
+    read = iter(dataset)
+    shared = [
+        name for name, value in held.items() if read is value or (read is dataset and vars(dataset)[name] is value)
+    ]
+    before.restore()
+    if shared:
+        raise UnsupportedSetupError(
+            f"the IterableDataset {type(dataset).__name__} only hands out its iterator {shared[0]!r}, which "
+            "cannot be read twice, so trials would consume the training data; return a new iterator from __iter__"
+        )
 
 
 def data_state(*combined: Any) -> Attributes:

@@ -132,7 +132,7 @@ def test_readable_during_the_fit(tmp_path):
         def on_train_batch_end(self, trainer, *_):
             self.seen.append((callback.lr, callback.trial_steps, len(callback.decisions)))
 
-    callback, reader = AutoLRS(), Reader()
+    callback, reader = AutoLRS(search_budget=0.3), Reader()
     assert callback.lr is None
     assert callback.trial_steps == 0
     assert callback.decisions == []

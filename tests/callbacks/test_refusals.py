@@ -1,6 +1,5 @@
 """Setups and arguments that cannot be served are refused by name, with what to do instead."""
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -9,10 +8,11 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from torch.utils.data import DataLoader, IterableDataset
 
 from autotune.callbacks import AutoLRS
 from autotune.errors import AutotuneError, ConfigurationError, MonitorError, UnsupportedSetupError
-from tests.callbacks.harness import Tiny, loader, trainer, val_loader
+from tests.callbacks.harness import Tiny, examples, loader, trainer, val_loader
 
 
 class Manual(Tiny):
@@ -78,16 +78,15 @@ def test_a_second_controller(tmp_path):
         trainer(tmp_path, AutoLRS(), AutoLRS(), max_steps=10).fit(Tiny(), loader(), val_loader())
 
 
-def test_the_batch_size_finder(tmp_path):
-    class Data(L.LightningDataModule):
-        batch_size = 8
-
+def test_batch_size_finder(tmp_path):
+    class WithData(Tiny):
         def train_dataloader(self):
-            return loader(batch=8)
+            return DataLoader(examples(), self.batch_size)
 
-    runner = trainer(tmp_path, BatchSizeFinder(), AutoLRS(), max_steps=10)
-    with pytest.raises(UnsupportedSetupError, match=r"AutoLRS: .*BatchSizeFinder.*Tuner"):
-        runner.fit(Tiny(), datamodule=Data())
+    module = WithData()
+    module.batch_size = 4
+    with pytest.raises(UnsupportedSetupError, match=r"BatchSizeFinder.*Tuner"):
+        trainer(tmp_path, AutoLRS(), BatchSizeFinder(), max_steps=10).fit(module)
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
@@ -182,19 +181,38 @@ def test_only_keywords():
         AutoLRS(1e-3)
 
 
-def test_an_exhausted_stream(tmp_path):
-    class OneShot(torch.utils.data.IterableDataset):
-        def __init__(self):
-            self.source = iter([(torch.zeros(6), torch.tensor(0))] * 400)
+class OneShot(IterableDataset):
+    """Can be read once: ``__iter__`` hands out what there is left."""
 
-        def __iter__(self):
-            return self
+    def __init__(self, itself):
+        self.source = iter([(torch.zeros(6), torch.tensor(0))] * 2000)
+        self.itself = itself
 
-        def __next__(self):
-            return next(self.source)
+    def __iter__(self):
+        return self if self.itself else self.source
 
-    runner = L.Trainer(default_root_dir=tmp_path, callbacks=[AutoLRS()], max_steps=100, logger=False,
-                       enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")  # fmt: skip
-    data = torch.utils.data.DataLoader(OneShot(), 4)
-    with pytest.raises(UnsupportedSetupError, match="return a new iterator from __iter__"):
-        runner.fit(Tiny(), data, val_loader())
+    def __next__(self):
+        return next(self.source)
+
+
+class Renewed(OneShot):
+    """Its own iterator too, but made anew for every epoch."""
+
+    def __iter__(self):
+        self.source = iter([(torch.zeros(6), torch.tensor(0))] * 2000)
+        return self
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_a_stream_that_cannot_be_read_twice(tmp_path, itself):
+    runner = trainer(tmp_path, AutoLRS(search_budget=0.3), max_steps=100)
+    with pytest.raises(UnsupportedSetupError, match=r"OneShot only hands out its iterator 'source'.*from __iter__"):
+        runner.fit(Tiny(), DataLoader(OneShot(itself), 4), val_loader())
+
+
+def test_a_stream_that_is_made_anew(tmp_path):
+    callback = AutoLRS(search_budget=0.3)
+    runner = trainer(tmp_path, callback, max_steps=100)
+    runner.fit(Tiny(), DataLoader(Renewed(True), 4), val_loader())
+    assert runner.global_step == 100
+    assert callback.trial_steps
