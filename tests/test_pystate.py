@@ -74,7 +74,7 @@ def test_nested_structures_come_back(value, seed):
         ({"a": {"b": torch.ones(2)}}, lambda x: x["a"].update(b=None)),
         (([1], [2]), lambda x: x[0].append(2)),
     ],
-    ids=repr,
+    ids=lambda item: type(item).__name__,
 )
 def test_content_is_put_back_in_place(value, change):
     before = copy.deepcopy(value) if not isinstance(value, torch.Tensor) else value.detach().clone()
