@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -136,8 +137,9 @@ class DecisionLog:
     skipped; the caller decides how to tell the user.
 
     Args:
-        path: The file. Its directory is made, and an existing file is replaced: a resumed run hands over
-            its earlier decisions as ``history``, so that every log is whole.
+        path: The file. Its directory is made. An existing file is replaced where ``history`` contains all of it
+            (a resumed run hands over its earlier decisions, so that every log is whole); another run's is kept
+            as ``decisions.1.jsonl``, ``decisions.2.jsonl``, …
         history: Decisions to begin with.
     """
 
@@ -146,11 +148,23 @@ class DecisionLog:
         self.failure: OSError | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = "".join(encode(decision) + "\n" for decision in history).encode("utf-8")
             partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(encode(decision) + "\n" for decision in history), encoding="utf-8")
+            partial.write_bytes(text)
+            self._keep_another_runs(text)
             partial.replace(self.path)
         except OSError as failure:
             self.failure = failure
+
+    def _keep_another_runs(self, history: bytes) -> None:
+        try:
+            earlier = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        if set(earlier.splitlines(keepends=True)) <= set(history.splitlines(keepends=True)):
+            return
+        names = (f"{self.path.stem}.{number}{self.path.suffix}" for number in count(1))
+        self.path.rename(next(free for name in names if not (free := self.path.with_name(name)).exists()))
 
     def write(self, decision: Decision) -> None:
         """Appends one line and hands it to the operating system at once."""

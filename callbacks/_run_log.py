@@ -28,6 +28,7 @@ class RunLog:
         self._log: DecisionLog | None = None
         self._subscribers: list[Callable[[Decision], None]] = []
         self._warned = False
+        self._opened = False
 
     @classmethod
     def of(cls, trainer: Any) -> RunLog:
@@ -51,13 +52,15 @@ class RunLog:
         The directory is ``trainer.log_dir`` or, without one, ``trainer.default_root_dir``. Every rank must
         call this: the trainer broadcasts the directory.
         """
-        if self._log is None:
+        # Asking for the directory is collective: once on every rank, however many callbacks open the log.
+        if not self._opened:
+            self._opened = True
             directory = Path(self._trainer.log_dir or self._trainer.default_root_dir)
             if not self._trainer.is_global_zero or getattr(self._trainer, "fast_dev_run", False):
                 return None
             self._log = DecisionLog(directory / "decisions.jsonl", self._history)
             self._complain()
-        return self._log.path
+        return self.path
 
     @property
     def path(self) -> Path | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from autotune.callbacks._probe import ProbeSet
 from autotune.callbacks._trainer.data import Replay, data_state, second_loader
@@ -20,8 +20,8 @@ from autotune.callbacks._trainer.facts import BarText, surroundings
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
 from autotune.forecast.published import published_forecast
 from autotune.pystate import Attributes
-from autotune.search.optimizer import Outcome, Proposal, Recommendation, SearchState
-from autotune.search.stopping import TrialStopper
+from autotune.randomness import RandomState
+from autotune.search import Outcome, Recommendation, Search, SearchState, TrialStopper
 from autotune.snapshot import Snapshot
 from autotune.stage.machine import Probe
 from autotune.stage.schedule import TrialShape
@@ -30,37 +30,26 @@ from autotune.stage.schedule import TrialShape
 _TIMING_STEPS = 5
 
 
-class Searcher(Protocol):
-    """Ask/tell: :class:`~autotune.search.optimizer.LRSearch` and its alternatives."""
-
-    def ask(self, state: SearchState) -> Proposal | None:
-        """The next candidate, or None when done."""
-
-    def tell(self, state: SearchState, outcome: Outcome) -> SearchState:
-        """Takes in one trial."""
-
-    def recommend(self, state: SearchState) -> Recommendation:
-        """The answer."""
-
-
 @dataclass(frozen=True)
 class PlannedLeg:
     """How the candidates of one leg of a search are tried.
 
     Attributes:
-        searcher: Proposes them.
-        begin: Makes the searcher's first state from the probe of the present weights and the search's trials so far.
+        searcher: Makes what proposes them, given the answer of the leg before (None for the first).
+        begin: Makes its first state from the probe of the present weights and the search's trials so far.
         shape: Of a trial's rate; its ``steps`` are the trial's length.
         level: Share of its peak at which the run's rate stands now; a candidate is a peak.
         forecast_to: Extrapolate each trial's training loss to this step (AutoLRS as published); None reads the probe.
+        evaluations: Probes spread over each trial, whose series is extrapolated instead (AutoLRS late in a run).
         stop_early: Whether hopeless candidates are stopped.
     """
 
-    searcher: Searcher
-    begin: Callable[[Probe, tuple[Outcome, ...]], SearchState]
+    searcher: Callable[[Recommendation | None], Search]
+    begin: Callable[[Search, Probe, tuple[Outcome, ...]], SearchState]
     shape: TrialShape
     level: float = 1.0
     forecast_to: int | None = None
+    evaluations: int = 0
     stop_early: bool = True
 
 
@@ -119,6 +108,12 @@ class Trials:
         if self.probe_set is None:
             with self._snapshot.rolled_back():
                 self.probe_set = ProbeSet(self._trainer, monitor=monitor, mode=mode, seed=self._seed, steps=steps)
+
+    @property
+    def monitor(self) -> list[str | None]:
+        """The monitored name (None: the training loss) and how it was found; empty before the first probe."""
+        probe = self.probe_set
+        return [] if probe is None or not probe.why else [probe.monitor, probe.why]
 
     @property
     def probe_cost(self) -> float:
@@ -187,11 +182,12 @@ class Trials:
         text: str,
         allowance: float,
     ) -> None:
-        state = leg.begin(result.start, tuple(result.outcomes))
+        searcher = leg.searcher(result.recommendation)
+        state = leg.begin(searcher, result.start, tuple(result.outcomes))
         best: Outcome | None = None
         tried = 0
-        while (proposal := leg.searcher.ask(state)) is not None:
-            if result.cost + leg.shape.steps + self.probe_cost > allowance:
+        while (proposal := searcher.ask(state)) is not None:
+            if result.cost + leg.shape.steps + max(1, leg.evaluations) * self.probe_cost > allowance:
                 break
             tried += 1
             bar_text = f"{text}: trial {len(result.outcomes) + 1}"
@@ -201,12 +197,18 @@ class Trials:
             result.outcomes.append(outcome)
             result.reasons.append(reason or proposal.reason)
             result.trial_steps += outcome.steps
-            result.cost += outcome.steps + (self.probe_cost if outcome.status == "finished" else 0.0)
-            state = leg.searcher.tell(state, outcome)
+            result.cost += outcome.steps + self._probes_made(leg, outcome) * self.probe_cost
+            state = searcher.tell(state, outcome)
             if outcome.status == "finished" and (best is None or outcome.loss < best.loss):
                 best = outcome
         if tried and any(outcome.status != "diverged" for outcome in result.outcomes):
-            result.recommendation = leg.searcher.recommend(state)
+            result.recommendation = searcher.recommend(state)
+
+    @staticmethod
+    def _probes_made(leg: PlannedLeg, outcome: Outcome) -> int:
+        if leg.evaluations:
+            return outcome.steps * leg.evaluations // leg.shape.steps
+        return int(leg.forecast_to is None and outcome.steps == leg.shape.steps)
 
     def _trial(
         self,
@@ -223,6 +225,7 @@ class Trials:
         steps, lr = leg.shape.steps, math.exp(log_lr)
         source = iter(batches)
         curve: list[float] = []
+        probes: list[float] = []
         shown = 0.0
         for step in range(steps):
             rate = lr * leg.level * leg.shape(step)
@@ -233,13 +236,27 @@ class Trials:
                 bar.show(f"{text}, step {step + 1}/{steps}")
             verdict = stopper.judge(curve, None if best is None else list(best.curve), steps, curve[0])
             if verdict.stop and (leg.stop_early or verdict.status == "diverged"):
-                return Outcome(log_lr, steps, curve[-1], len(curve), verdict.status, tuple(curve)), verdict.reason
-        if leg.forecast_to is not None:
-            loss = published_forecast(curve, leg.forecast_to)
-        else:
+                loss = _stopped_at(curve, best)
+                return Outcome(log_lr, steps, loss, len(curve), verdict.status, tuple(curve)), verdict.reason
+            if leg.evaluations and (step + 1) * leg.evaluations // steps > len(probes):
+                probes.append(self._aside(loop))
+        if leg.forecast_to is None:
             loss = self.probe_set(loop).loss
+        elif probes:
+            loss = published_forecast(probes, round(leg.forecast_to * len(probes) / steps), training=False)
+        else:
+            loss = published_forecast(curve, leg.forecast_to)
         status = "finished" if math.isfinite(loss) else "diverged"
         return Outcome(log_lr, steps, loss, len(curve), status, tuple(curve)), ""
+
+    def _aside(self, loop: SideLoop) -> float:
+        """A probe in the middle of a trial, which goes on under its own randomness."""
+        assert self.probe_set is not None
+        generators = RandomState()
+        generators.capture()
+        loss = self.probe_set(loop).loss
+        generators.restore()
+        return loss
 
     def _window(self) -> int:
         return int(min(self._trainer.accumulate_grad_batches, self._trainer.num_training_batches))
@@ -252,3 +269,12 @@ class Trials:
             return (batch for batch, _, _ in second_loader(combined, seed, limits))
 
         return Replay(open_stream)
+
+
+def _stopped_at(curve: Sequence[float], best: Outcome | None) -> float:
+    """Where a stopped trial would have ended: as far behind the best one's probe as it was on the same batches."""
+    if best is None or len(curve) > len(best.curve):
+        return math.nan
+    recent = max(1, len(curve) // 5)
+    behind = [own - other for own, other in zip(curve[-recent:], best.curve[len(curve) - recent :], strict=False)]
+    return best.loss + math.fsum(behind) / len(behind)

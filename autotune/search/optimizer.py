@@ -142,7 +142,9 @@ class LRSearch:
             return self._without_progress(state, fitted, fraction)
         posterior, reach = fitted.posterior, self._reach(state)
         optimum = _lowest(posterior, reach, state.horizon_steps)
-        drifted = optimum - posterior.drift * math.log(state.target_horizon_steps / state.horizon_steps)
+        # Downwards only: an answer that is shifted up crosses the edge of stability, where losses grow tenfold.
+        drift = max(posterior.drift, 0.0)
+        drifted = optimum - drift * math.log(state.target_horizon_steps / state.horizon_steps)
         log_lr = self.space.clip(drifted)
         mean, sd = posterior.predict(torch.tensor([log_lr], dtype=torch.float64), state.target_horizon_steps)
         gap, trial_gap = (math.nan, math.nan), (math.nan, math.nan)
@@ -151,7 +153,7 @@ class LRSearch:
             trial_gap = posterior.difference(state.current_log_lr, optimum, state.horizon_steps)
         reason = (
             f"lowest posterior mean at {math.exp(optimum):.3g} after {state.horizon_steps} steps, shifted by "
-            f"drift {posterior.drift:.2f} to {state.target_horizon_steps} steps ({fitted.reason})"
+            f"drift {drift:.2f} to {state.target_horizon_steps} steps ({fitted.reason})"
         )
         table = self._table(posterior, state, reach.grid(_TABLE))
         return Recommendation(optimum, log_lr, float(mean), float(sd), True, fraction, *gap, reason, table, *trial_gap)

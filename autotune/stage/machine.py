@@ -18,7 +18,6 @@ symbol         meaning                                                   unit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -53,7 +52,27 @@ def compare(now: Probe, before: Probe) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class StageState:
-    """What evolves; primitives only, so that a checkpoint can hold it (:meth:`to_dict`)."""
+    """What evolves; primitives only, so that a checkpoint can hold it (:meth:`to_dict`).
+
+    Attributes:
+        lr: Peak of the rate; None before the first search.
+        searches: Made or given up.
+        index: Of the present stage, from 1; 0 before the first.
+        start: Progress at which it began.
+        end: Progress at which it ends.
+        start_step: Real updates at its start.
+        start_probe: The probe there.
+        initial_loss: Probe loss before the first update.
+        best_probe: The best probe of a stage's start; where a rollback goes.
+        best_step: Real updates there.
+        best_train: Mean training loss before it.
+        first_train: Mean training loss of the first updates.
+        bad: Checks in a row that were bad.
+        prediction: Value, low, high for the stage's end.
+        forecast_due: Progress at which the end is to be predicted.
+        strikes: Rollbacks in a row.
+        request: Why somebody asks for a search; empty without.
+    """
 
     lr: float | None = None
     searches: int = 0
@@ -63,7 +82,11 @@ class StageState:
     start_step: int = 0
     start_probe: Probe | None = None
     initial_loss: float = math.nan
-    best_loss: float = math.inf
+    best_probe: Probe | None = None
+    best_step: int = 0
+    best_train: float = math.nan
+    first_train: float = math.nan
+    bad: int = 0
     prediction: tuple[float, float, float] | None = None
     forecast_due: float = math.inf
     strikes: int = 0
@@ -76,15 +99,13 @@ class StageState:
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> StageState:
         """The inverse of :meth:`to_dict`."""
-        probe = saved["start_probe"]
         prediction = saved["prediction"]
-        return cls(
-            **{
-                **saved,
-                "start_probe": None if probe is None else Probe(probe["loss"], tuple(probe["batches"])),
-                "prediction": None if prediction is None else tuple(prediction),
-            }
-        )
+        probes = {name: _probe(saved[name]) for name in ("start_probe", "best_probe")}
+        return cls(**{**saved, **probes, "prediction": None if prediction is None else tuple(prediction)})
+
+
+def _probe(saved: dict[str, Any] | None) -> Probe | None:
+    return None if saved is None else Probe(saved["loss"], tuple(saved["batches"]))
 
 
 @dataclass(frozen=True)
@@ -98,22 +119,29 @@ class StageMachine:
         growth: Each stage is this much longer than the one before.
         longest: Cap on a stage's length where the end is not known.
         forecast_at: Share of a stage after which its end is predicted.
+        guard: Whether stages can be undone at all.
         lowering: Factor on the rate after a rollback.
         decay: Factor on the rate on a plateau where the end is not known.
-        worse: A stage is undone when it lost more than this share of what the run had gained (and more than
-            three standard errors of the paired difference).
+        worse: A check is bad when the probe is worse than the best one by this share of what the run has gained
+            (and by two standard errors of the paired difference) ...
+        fitted: ... while the training loss has fallen by this share of what it has fallen by in all. The second
+            condition tells overfitting, which does not heal, from the spikes of a high rate, which the decay heals.
+        bad_checks: Bad checks in a row that undo a stage.
         patience: Rollbacks in a row before the machine keeps what it has.
     """
 
     search: str = "on_evidence"
     known_end: bool = True
-    first: float = 0.05
+    first: float = 0.04
     growth: float = 2.0
     longest: float = 0.4
     forecast_at: float = 0.6
-    lowering: float = 0.5
+    guard: bool = True
+    lowering: float = 10**-0.5
     decay: float = 0.3
-    worse: float = 0.1
+    worse: float = 0.05
+    fitted: float = 0.05
+    bad_checks: int = 2
     patience: int = 3
 
     def due(self, state: StageState, progress: float) -> Due | None:
@@ -128,53 +156,61 @@ class StageMachine:
         """A search has been made, or given up; ``lr`` is the peak to go on with."""
         return replace(state, lr=lr, searches=state.searches + 1, request="")
 
-    def begun(self, state: StageState, progress: float, step: int, probe: Probe | None) -> StageState:
-        """A stage begins, with what the probe says of the weights it begins with."""
-        length = self._length(state.index)
+    def begun(self, state: StageState, progress: float, step: int, probe: Probe | None, train: float) -> StageState:
+        """A stage begins, with the probe of the weights it begins with and the mean training loss before it."""
+        length = self.length(state.index)
         end = progress + length
         if self.known_end and end + 0.5 * length >= 1.0:
             end = 1.0
-        loss = math.inf if probe is None or not math.isfinite(probe.loss) else probe.loss
-        initial = state.initial_loss
-        if math.isnan(initial) and probe is not None:
-            initial = probe.loss
-        return replace(
+        state = replace(
             state,
             index=state.index + 1,
             start=progress,
             end=end,
             start_step=step,
             start_probe=probe,
-            initial_loss=initial,
-            best_loss=min(state.best_loss, loss),
             prediction=None,
             forecast_due=progress + self.forecast_at * (end - progress),
         )
+        if probe is None or not math.isfinite(probe.loss):
+            return state
+        if math.isnan(state.initial_loss):
+            state = replace(state, initial_loss=probe.loss)
+        if state.best_probe is None or probe.loss < state.best_probe.loss:
+            state = replace(state, best_probe=probe, best_step=step, best_train=train)
+        return state
 
     def predicted(self, state: StageState, forecast: tuple[float, float, float] | None) -> StageState:
         """The stage's end has been predicted (value, low, high), or the forecaster refused (None)."""
         return replace(state, prediction=forecast, forecast_due=math.inf)
 
+    def checked(self, state: StageState, probe: Probe, train: float) -> StageState:
+        """A probe has been made within or at the end of a stage; ``train`` is the recent mean training loss."""
+        return replace(state, bad=state.bad + 1 if self._is_bad(state, probe, train) else 0)
+
+    def lost(self, state: StageState, *, last: bool = False) -> bool:
+        """Whether the checks so far call for going back; at the run's ``last`` check one bad one is enough."""
+        return self.guard and state.bad >= (1 if last else self.bad_checks)
+
     def ended(self, state: StageState, probe: Probe) -> tuple[StageState, Verdict, tuple[str, ...]]:
-        """A stage's clock has run out, or it was broken off: what now, and on what evidence."""
+        """A stage's clock has run out, or it was broken off: what now, and on what evidence. Call ``checked`` first."""
         evidence = self._evidence(state, probe)
-        if not math.isfinite(probe.loss) or self._lost(state, probe):
+        if not math.isfinite(probe.loss) or self.lost(state):
             state, verdict = self.failed(state)
             return state, verdict, evidence
         state = replace(state, strikes=0)
         plateau = any(item.startswith("plateau") for item in evidence)
-        if plateau and not self.known_end and state.lr is not None:
+        if plateau and not self.known_end and state.index > 1 and state.lr is not None:
             return replace(state, lr=state.lr * self.decay), "decay", evidence
         if self.search == "every_stage" or evidence:
             return state, "search", evidence
         return state, "train", evidence
 
     def failed(self, state: StageState) -> tuple[StageState, Verdict]:
-        """The stage diverged or lost ground: go back and lower, until patience runs out."""
-        if state.strikes >= self.patience or state.lr is None:
-            return replace(state, strikes=0), "train"
-        lr = state.lr * self.lowering ** (1 + state.strikes)
-        return replace(state, lr=lr, strikes=state.strikes + 1, index=max(0, state.index - 1)), "roll_back"
+        """The run diverged or lost ground: go back and lower, until patience runs out."""
+        if not self.guard or state.strikes >= self.patience or state.lr is None or state.best_probe is None:
+            return replace(state, strikes=0, bad=0), "train"
+        return replace(state, lr=state.lr * self.lowering, strikes=state.strikes + 1, bad=0), "roll_back"
 
     def asked(self, state: StageState, reason: str) -> StageState:
         """Somebody else (a grown batch, say) has a reason to search again."""
@@ -184,23 +220,29 @@ class StageMachine:
         """The stage is over now, whatever its clock says."""
         return replace(state, end=min(state.end, progress)) if state.index else state
 
-    def _length(self, index: int) -> float:
+    def length(self, index: int) -> float:
+        """Length of the stage after ``index`` stages, in progress."""
         length = self.first * self.growth**index
         return length if self.known_end else min(length, self.longest)
 
-    def _lost(self, state: StageState, probe: Probe) -> bool:
-        if state.start_probe is None or not math.isfinite(state.start_probe.loss):
+    def _is_bad(self, state: StageState, probe: Probe, train: float) -> bool:
+        if not math.isfinite(probe.loss):
+            return True
+        if state.best_probe is None:
             return False
-        difference, error = compare(probe, state.start_probe)
-        worth = state.initial_loss - state.best_loss
-        margin = self.worse * worth if math.isfinite(worth) and worth > 0 else 0.0
-        noise = 3.0 * error if math.isfinite(error) else 0.0
-        return difference > max(margin, noise, 1e-12)
+        difference, error = compare(probe, state.best_probe)
+        margin = self.worse * max(state.initial_loss - state.best_probe.loss, 0.0)
+        if difference <= max(margin, 2.0 * error if math.isfinite(error) else 0.0, 1e-12):
+            return False
+        fallen, in_all = state.best_train - train, state.first_train - train
+        return fallen > self.fitted * in_all > 0.0
 
     def _evidence(self, state: StageState, probe: Probe) -> tuple[str, ...]:
         found: list[str] = []
         if not math.isfinite(probe.loss):
             return ("divergence: the loss is not finite",)
+        if state.bad:
+            found.append(f"overfitting: {state.bad} checks in a row were worse than the best while training got better")
         if state.prediction is not None and probe.loss > state.prediction[2]:
             found.append(f"forecast broken: {probe.loss:.4g} came where at most {state.prediction[2]:.4g} was expected")
         if state.start_probe is not None and math.isfinite(state.start_probe.loss):
@@ -208,14 +250,3 @@ class StageMachine:
             if -difference <= (2.0 * error if math.isfinite(error) else 0.0):
                 found.append(f"plateau: the stage changed the loss by {difference:+.3g} with a noise of {error:.2g}")
         return tuple(found)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of ``values`` and its standard error (NaN below two values)."""
-    count = len(values)
-    if count == 0:
-        return math.nan, math.nan
-    mean = math.fsum(values) / count
-    if count == 1:
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)

@@ -1,10 +1,10 @@
-"""How a search's steps are divided: candidates and horizons, from what it may cost.
+"""How the steps that searching may cost are divided.
 
-A first search has two legs. The coarse one tries many rates over all decades on trials so short that they only tell
-the hopeless from the rest; the fine one tries a few of what is left on trials ten times as long, whose ranking is that
-of the run. Both teach one surrogate, which learns from the two horizons how the best rate drifts with the horizon.
-A later search has one leg around the current rate. The figures behind the shares are in
-``examples/benchmark/FINDINGS.md``.
+The first search has two legs. The coarse one tries rates over all decades on trials of a few steps, which only tell
+the decade, and costs next to nothing. The fine one walks from there on trials a sixtieth of the run long. Both teach
+one surrogate, which learns from the two lengths how the best rate drifts with the length. What remains pays for
+probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a run ranks
+rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
 """
 
 from __future__ import annotations
@@ -27,60 +27,70 @@ class Leg:
 
 @dataclass(frozen=True)
 class SearchPolicy:
-    """Shares of a search's allowance.
+    """Shares of the whole budget, which by default is a tenth of the run.
 
     Attributes:
         coarse: Candidates of the coarse leg.
-        coarse_share: Its share of the allowance.
+        coarse_trial: Length of one of its trials, as a share of the budget.
         fine: Candidates of the fine leg.
-        local: Candidates of a later search, the current rate among them.
-        shortest: Trials below this many steps say nothing; there are fewer of them instead.
-        probe_share: What one probe may cost, as a share of a fine trial.
+        local: Candidates of a later search.
+        fine_trial: Length of one of its trials, as a share of the budget.
+        shortest_coarse: Trials below this many steps say nothing.
+        shortest_fine: The same for the fine leg.
+        reserve: Share of the budget that is kept for probes.
+        probe_share: What one probe may cost, as a share of the budget.
+        ranking: A later search's trials last at least this share of the updates made so far.
     """
 
-    coarse: int = 7
-    coarse_share: float = 0.25
-    fine: int = 3
-    local: int = 4
-    shortest: int = 3
-    probe_share: float = 0.1
+    coarse: int = 6
+    coarse_trial: float = 1.0 / 32.0
+    fine: int = 4
+    local: int = 3
+    fine_trial: float = 1.0 / 6.0
+    shortest_coarse: int = 3
+    shortest_fine: int = 5
+    reserve: float = 0.1
+    probe_share: float = 0.01
+    ranking: float = 1.0 / 3.0
 
-    def probe_steps(self, allowance: float) -> float:
-        """What one probe may cost in steps, given what the first search may."""
-        return max(1.0, self.probe_share * (1.0 - self.coarse_share) * allowance / self.fine)
+    def probe_steps(self, budget: float) -> float:
+        """What one probe may cost in steps."""
+        return self.probe_share * budget
 
-    def first(self, allowance: float, probe: float) -> list[Leg]:
-        """The legs of a first search.
+    def first(self, budget: float, probe: float) -> list[Leg]:
+        """The legs of the first search; none where the budget does not pay for three trials.
 
         Args:
-            allowance: Optimizer steps it may cost.
+            budget: Optimizer steps that searching may cost in the whole run.
             probe: Steps one probe costs (one before the search, one after each trial).
 
-        Returns:
-            No leg where the allowance is too small for three trials.
-
         >>> SearchPolicy().first(200.0, 1.0)
-        [Leg(candidates=7, steps=6), Leg(candidates=3, steps=48)]
+        [Leg(candidates=6, steps=6), Leg(candidates=4, steps=33)]
         >>> SearchPolicy().first(5.0, 1.0)
         []
         """
-        allowance -= probe
-        coarse = self._leg(self.coarse, self.coarse_share * allowance, probe)
-        if coarse is None:
-            only = self._leg(self.coarse, allowance, probe)
-            return [] if only is None else [only]
-        left = allowance - coarse.candidates * (coarse.steps + probe)
-        fine = self._leg(self.fine, left, probe)
-        return [coarse] if fine is None or fine.steps <= coarse.steps else [coarse, fine]
+        left = (1.0 - self.reserve) * budget - probe
+        steps = max(self.shortest_coarse, round(self.coarse_trial * budget))
+        candidates = min(self.coarse, int(left / (steps + probe)))
+        if candidates < 3:
+            return []
+        coarse = Leg(candidates, steps)
+        left -= candidates * (steps + probe)
+        for count in range(self.fine, 0, -1):
+            steps = int(min(self.fine_trial * budget, left / count - probe))
+            if steps >= max(self.shortest_fine, 2 * coarse.steps):
+                return [coarse, Leg(count, steps)]
+        return [coarse]
 
-    def later(self, allowance: float, probe: float, at_least: int) -> list[Leg]:
-        """The leg of a later search; none where trials of ``at_least`` steps cannot be paid."""
-        steps = int((allowance - probe) / self.local - probe)
-        return [Leg(self.local, steps)] if steps >= max(at_least, self.shortest) else []
+    def later_leg(self, left: float, done: int, probe: float, *, at_any_length: bool = False) -> Leg | None:
+        """A later search's leg; None where trials long enough to be fair cannot be paid.
 
-    def _leg(self, candidates: int, allowance: float, probe: float) -> Leg | None:
-        for count in range(candidates, 2, -1):
-            steps = int(allowance / count - probe)
-            if steps >= self.shortest:
-                return Leg(count, steps)
-        return None
+        Args:
+            left: Steps that may still be spent now.
+            done: Updates made so far.
+            probe: Steps one probe costs.
+            at_any_length: Search even with trials too short to rank fairly (``search="every_stage"``).
+        """
+        steps = int((left - probe) / self.local - probe)
+        enough = self.shortest_fine if at_any_length else max(self.shortest_fine, self.ranking * done)
+        return Leg(self.local, steps) if steps >= enough else None

@@ -25,6 +25,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from autotune.batch.sampler import ResizableBatchSampler
 from autotune.errors import UnsupportedSetupError
 from autotune.pystate import Attributes
 from autotune.randomness import RandomState, random_state, set_random_state
@@ -92,7 +93,7 @@ def _second(loader: Any, seed: int, limit: float, largest_batch: int | None) -> 
 def _standard(loader: DataLoader[Any]) -> bool:
     """Whether order and batching are torch's own, so that ours can stand in for them."""
     return (
-        type(loader.batch_sampler) is BatchSampler
+        type(loader.batch_sampler) in (BatchSampler, ResizableBatchSampler)
         and type(loader.sampler) in (RandomSampler, SequentialSampler)
         and loader.batch_size is not None
     )
@@ -100,6 +101,8 @@ def _standard(loader: DataLoader[Any]) -> bool:
 
 def _shuffled(loader: DataLoader[Any], limit: float, generator: torch.Generator) -> RandomSampler:
     size = len(loader.sampler)  # type: ignore[arg-type]
+    if isinstance(loader.batch_sampler, ResizableBatchSampler):
+        limit = min(limit, loader.batch_sampler.examples / (loader.batch_size or 1))
     if type(loader.sampler) is SequentialSampler:
         # A limited sequential loader never shows the rest: overfit_batches and limit_*_batches.
         size = int(min(size, limit * (loader.batch_size or 1)))

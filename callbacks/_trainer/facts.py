@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import platform
 import warnings
+from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
+
+from torch import Tensor
 
 from autotune.randomness import RandomState
 
@@ -68,6 +73,31 @@ def logs_now(trainer: Any) -> bool:
 def show_on_bar(trainer: Any, values: dict[str, float]) -> None:
     """Adds values to what the progress bar shows."""
     trainer.progress_bar_metrics.update(values)
+
+
+def training_loss(outputs: Any) -> Tensor | None:
+    """The loss that ``on_train_batch_end`` is given, on its device; None where the step returned none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, Tensor) else None
+
+
+def early_stopping_waits(trainer: Any) -> bool:
+    """Whether an early stopping callback has just used up half of its patience."""
+    return any(
+        callback.wait_count == max(1, (callback.patience + 1) // 2) for callback in trainer.early_stopping_callbacks
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions a run's figures depend on."""
+    names = ("lightning-autotune", "torch", "lightning", "botorch", "gpytorch")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return {**found, "python": platform.python_version()}
 
 
 class BarText:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from autotune.batch.sampler import ResizableBatchSampler
+
 #: What Lightning puts in for a ``max_epochs`` that nobody set.
 _UNSET_EPOCHS = 1000
 
@@ -45,8 +47,12 @@ def batch_examples(trainer: Any) -> int:
 
 
 def updates_an_epoch(trainer: Any) -> float:
-    """Optimizer updates in one epoch; infinite where the loader has no length."""
+    """Optimizer updates in one epoch, as first planned; infinite where the loader has no length."""
     batches = trainer.num_training_batches
+    sampler = _resizable(trainer)
+    if sampler is not None and sampler.planned_updates is not None:
+        # A run is planned, and budgeted, once: resuming after growth must not plan it anew.
+        return sampler.planned_updates
     return math.inf if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
@@ -68,8 +74,7 @@ def plan(trainer: Any) -> Horizon:
         why = "the loader has no length" if not unset else "neither max_steps, max_epochs nor max_time is set"
         return Horizon("none", math.inf, assumed, why)
     if epoch_updates <= step_updates:
-        examples = trainer.num_training_batches * max_epochs * batch_examples(trainer)
-        return Horizon("examples", float(examples), updates)
+        return Horizon("examples", float(_epoch_examples(trainer) * max_epochs), updates)
     return Horizon("steps", step_updates, updates)
 
 
@@ -81,9 +86,24 @@ def done(trainer: Any, horizon: Horizon) -> float:
         epochs = trainer.fit_loop.epoch_progress.current.processed
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         if batches >= trainer.num_training_batches:
-            batches = 0 if epochs else trainer.num_training_batches
-        return float((epochs * trainer.num_training_batches + batches) * batch_examples(trainer))
+            return float(max(epochs, 1) * _epoch_examples(trainer))
+        sampler = _resizable(trainer)
+        inside = batches * batch_examples(trainer) if sampler is None else sampler.seen(batches) * trainer.world_size
+        return float(epochs * _epoch_examples(trainer) + inside)
     return float(trainer.global_step)
+
+
+def _resizable(trainer: Any) -> ResizableBatchSampler | None:
+    """The sampler of a batch that may grow: then batches are no measure of examples."""
+    samplers = (getattr(loader, "batch_sampler", None) for loader in trainer.fit_loop._combined_loader.flattened)
+    return next((sampler for sampler in samplers if isinstance(sampler, ResizableBatchSampler)), None)
+
+
+def _epoch_examples(trainer: Any) -> int:
+    sampler = _resizable(trainer)
+    if sampler is not None:
+        return int(sampler.examples * trainer.world_size)
+    return int(trainer.num_training_batches * batch_examples(trainer))
 
 
 def _timer(trainer: Any) -> Any:

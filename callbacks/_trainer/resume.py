@@ -89,6 +89,9 @@ class DataPosition:
         else:
             self._iterate_at_epoch_start = True
         _apply(saved["now"], _generators(trainer))
+        if self._iterate_at_epoch_start and trainer.fit_loop.restarted_mid_epoch:
+            # Saved at an epoch's last batch: the next epoch begins without its start hook, and without an iter().
+            self.epoch_start(trainer)
 
     def _fast_forward(self, trainer: Any, batches: int) -> None:
         fetcher = trainer.fit_loop._data_fetcher

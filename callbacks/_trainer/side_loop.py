@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from autotune.callbacks._trainer.bar import quiet_bars
 from autotune.callbacks._trainer.data import Batches
 
 _SWAPPED = ("callbacks", "_logger_connector", "_loggers", "profiler", "should_stop", "_last_val_time")
@@ -34,7 +35,7 @@ class SideLoop:
         self._start = copy.deepcopy(epoch_loop.automatic_optimization.optim_progress)
         self._batch_idx = -1
         self._watch = _BatchWatch()
-        trainer.callbacks = [self._watch]
+        trainer.callbacks = [self._watch, *quiet_bars(trainer)]
 
     def rewind(self) -> None:
         """Counters go back to where the run is: every candidate sees the same ``global_step``."""

@@ -1,0 +1,159 @@
+"""When the batch grows, and to what: measurements in, a target out (init/step).
+
+==============  ===================================================================  ========
+symbol          meaning                                                              unit
+==============  ===================================================================  ========
+``batch``       present global batch                                                 examples
+``examples``    trained on so far, in the whole run                                  examples
+``ceiling``     largest batch still allowed; falls when a growth had to be undone    examples
+``rest``        least updates between two changes                                    updates
+==============  ===================================================================  ========
+
+Batches only grow. Our rule doubles, when the smoothed noise scale's lower end says so, the last change is
+``rest`` updates ago (so that its effect is in the measurements) and the step up is worth its change. The
+published rules jump to what their one measurement asks for, as published.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from autotune.batch.rules import RULES, Rule, Tolerances, Verdict, noise_scale_test, published
+from autotune.errors import ConfigurationError, StateError
+from autotune.noise.smoothing import NoiseEstimate
+from autotune.noise.statistics import GradientRecord
+
+#: A change of less than this factor is not worth a change.
+LEAST_GROWTH = 1.25
+
+
+@dataclass(frozen=True)
+class BatchState:
+    """What evolves.
+
+    Attributes:
+        batch: Global batch, examples.
+        ceiling: Largest allowed, examples.
+        changed_at: Updates done when it last changed.
+        growths: How often it has grown.
+    """
+
+    batch: int
+    ceiling: int
+    changed_at: int = 0
+    growths: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Primitives only."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, int]) -> BatchState:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            StateError: Keys are missing or unknown.
+        """
+        if set(state) != set(cls.__dataclass_fields__):
+            raise StateError(f"a batch state has the keys {sorted(cls.__dataclass_fields__)}; got {sorted(state)}")
+        return cls(**state)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A batch to grow to, and why."""
+
+    batch: int
+    reason: str
+    numbers: dict[str, float]
+
+
+class BatchController:
+    """Decides; the callback carries it out.
+
+    Args:
+        rule: One of the five.
+        tolerances: Of the published tests.
+        multiple: Our rule's ``multiple``: the batch aimed at, in noise scales.
+        rest_updates: ``rest``.
+        most_growth: Largest factor of one change under our rule.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        rule: Rule = "noise_scale",
+        tolerances: Tolerances | None = None,
+        multiple: float = 1.0,
+        rest_updates: int = 50,
+        most_growth: float = 2.0,
+    ) -> None:
+        if rule not in RULES:
+            raise ConfigurationError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+        if not multiple > 0:
+            raise ConfigurationError(f"multiple must be positive; got {multiple!r}")
+        if rest_updates < 0:
+            raise ConfigurationError(f"rest_updates counts updates; got {rest_updates!r}")
+        if not most_growth > LEAST_GROWTH:
+            raise ConfigurationError(f"most_growth must be above {LEAST_GROWTH}; got {most_growth!r}")
+        self.rule = rule
+        self.tolerances = tolerances or Tolerances()
+        self.multiple = multiple
+        self.rest_updates = rest_updates
+        self.most_growth = most_growth
+
+    def init(self, batch: int, max_batch: int) -> BatchState:
+        """Nothing decided yet; ``max_batch`` below the start means that the batch stays."""
+        return BatchState(batch=batch, ceiling=max(batch, max_batch))
+
+    def step(self, state: BatchState, record: GradientRecord, estimate: NoiseEstimate, updates: int) -> Target | None:
+        """Looks at one measurement.
+
+        Args:
+            state: The present state.
+            record: The measurement, on the host.
+            estimate: What smoothing makes of it and the earlier ones.
+            updates: Real updates done.
+
+        Returns:
+            What to grow to; None to stay. The state changes by :meth:`grown`, once the change is made.
+        """
+        if state.batch >= state.ceiling:
+            return None
+        if self.rule == "noise_scale":
+            if updates - state.changed_at < self.rest_updates:
+                return None
+            verdict = noise_scale_test(estimate, state.batch, self.multiple)
+            wanted = min(verdict.wanted, self.most_growth * state.batch)
+            least = LEAST_GROWTH
+        else:
+            verdict = published(self.rule, record, self.tolerances)
+            wanted, least = verdict.wanted, 1.0
+        if verdict.passes or math.isnan(wanted):
+            return None
+        batch = int(min(wanted, state.ceiling))
+        if batch <= state.batch or (batch < least * state.batch and batch < state.ceiling):
+            return None
+        return Target(batch, self._reason(state, verdict, batch), verdict.numbers)
+
+    def _reason(self, state: BatchState, verdict: Verdict, batch: int) -> str:
+        capped = ", the most allowed" if batch == state.ceiling else ""
+        if self.rule == "noise_scale":
+            low, high = verdict.numbers["noise_scale_low"], verdict.numbers["noise_scale_high"]
+            return (
+                f"the noise scale, {low:.0f} to {high:.0f} examples, times {self.multiple:g} is above the batch of "
+                f"{state.batch}: grow to {batch}{capped}"
+            )
+        return f"the {self.rule} test fails at {state.batch} and asks for {verdict.wanted:g}: grow to {batch}{capped}"
+
+    def grown(self, state: BatchState, batch: int, updates: int) -> BatchState:
+        """The batch is ``batch`` now."""
+        return replace(state, batch=batch, changed_at=updates, growths=state.growths + 1)
+
+    def undone(self, state: BatchState, batch: int, updates: int) -> BatchState:
+        """The last growth was taken back to ``batch``, and is not tried again."""
+        return replace(state, batch=batch, ceiling=batch, changed_at=updates)

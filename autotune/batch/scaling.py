@@ -1,0 +1,94 @@
+"""What the learning rate becomes when the batch grows.
+
+======  =======================================================  ========
+symbol  meaning                                                  unit
+======  =======================================================  ========
+``B``   batch before                                             examples
+``k``   growth, batch after over batch before                    1
+``r``   gain: learning rate after over before                    1
+======  =======================================================  ========
+
+===========  =====================================================  ==============================================
+rule         ``r``                                                  source
+===========  =====================================================  ==============================================
+linear       ``k``                                                  Goyal et al. 2017
+sqrt         ``sqrt(k)``                                            Malladi et al. 2022; Granziol et al. 2020
+adascale     ``(GNS/B + 1) / (GNS/(k B) + 1)``, in [1, k]           Johnson et al. 2020 (arXiv 2007.05105), eq. 4
+none         1                                                      AdAdaGrad
+===========  =====================================================  ==============================================
+
+AdaScale's gain ``(s^2 + m^2) / (s^2/k + m^2)`` is written with the variance ``s^2 = V/B`` of the batch's
+gradient and its mean's square ``m^2 = |G|^2``, so it is a function of the noise scale alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias
+
+from autotune.errors import ConfigurationError
+
+Scaling: TypeAlias = Literal["auto", "linear", "sqrt", "adascale", "none"]
+SCALINGS = ("auto", "linear", "sqrt", "adascale", "none")
+
+
+def gain(rule: Scaling, growth: float, noise_scale: float, batch: float) -> float:
+    """``r``.
+
+    Args:
+        rule: Any but ``"auto"``.
+        growth: ``k``, positive.
+        noise_scale: ``GNS`` in examples; infinite is a gradient of pure noise (the gain is ``k``), NaN is not
+            known (the gain is the cautious ``sqrt(k)``).
+        batch: ``B`` in examples.
+
+    >>> gain("adascale", 4, noise_scale=0.0, batch=32), gain("adascale", 4.0, math.inf, 32)
+    (1.0, 4.0)
+    """
+    if rule == "linear":
+        return growth
+    if rule == "sqrt":
+        return math.sqrt(growth)
+    if rule == "none":
+        return 1.0
+    if rule != "adascale":
+        raise ConfigurationError(f"lr_scaling must be one of {', '.join(SCALINGS)}; got {rule!r}")
+    if math.isnan(noise_scale):
+        return math.sqrt(growth)
+    if math.isinf(noise_scale):
+        return growth
+    ratio = max(noise_scale, 0.0) / batch
+    return (ratio + 1.0) / (ratio / growth + 1.0)
+
+
+def rule_for(optimizer: Any) -> Scaling:
+    """``"auto"``, by optimizer family.
+
+    SGD takes AdaScale. What divides by a root of squared gradients takes the square root, apart from the
+    AdaGrad family, whose accumulated sum shrinks with the batch by itself (AdAdaGrad does not rescale).
+    """
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    if "SGD" in names:
+        return "adascale"
+    if names & {"Adagrad", "AdaGradNorm"}:
+        return "none"
+    return "sqrt"
+
+
+def scaled_betas(betas: tuple[float, float], eps: float, growth: float) -> tuple[tuple[float, float], float]:
+    """Adam's ``beta^k`` and ``eps / sqrt(k)``: averages that reach back over as many examples as before.
+
+    Malladi et al. 2022 (arXiv 2205.10287), definition 5.3, state it as ``1 - k (1 - beta)``; the power
+    agrees to first order and stays positive for every ``k``.
+
+    >>> scaled_betas((0.9, 0.99), 1e-8, 1.0)
+    ((0.9, 0.99), 1e-08)
+    """
+    return (betas[0] ** growth, betas[1] ** growth), eps / math.sqrt(growth)
+
+
+def scale_group_betas(optimizer: Any, growth: float) -> None:
+    """Applies :func:`scaled_betas` to every group that has betas."""
+    for group in optimizer.param_groups:
+        if "betas" in group and "eps" in group:
+            group["betas"], group["eps"] = scaled_betas(group["betas"], group["eps"], growth)

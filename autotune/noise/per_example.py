@@ -1,0 +1,297 @@
+"""Noise from one batch in one chunk: every example's squared gradient norm, by hooks on one backward pass.
+
+======  ================================================================  ==================
+symbol  meaning                                                           unit
+======  ================================================================  ==================
+``h_i`` example i's part of the back-propagated loss's gradient           gradient
+``c``   ``scale``: ``g_i = c h_i``; ``N`` times whatever the loop         1
+        divided by for a mean-reduced loss, without ``N`` for a sum
+``N``   examples in the batch                                             examples
+======  ================================================================  ==================
+
+A forward hook keeps a layer's input, a hook on its output takes the gradient when it comes; see
+:mod:`autotune.noise.layers` for what is computed of the two. The first axis of every input must be the
+examples.
+
+What cannot be told apart by example is left out by name, of ``|g|^2`` too, so that the estimate is a whole
+one of fewer parameters: layers of other kinds, parameters used without a layer (``nn.MultiheadAttention``
+uses its ``out_proj`` and ``in_proj_weight`` that way), inputs whose first axis is not the batch, a
+parameter that is used once by a layer and once by hand (seen in the graph of the loss). Batch normalisation
+in training mode is refused: with it an example's gradient depends on its neighbours, and the quantity does
+not exist.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotune.errors import UnsupportedSetupError
+from autotune.noise import layers
+from autotune.noise.graph import unaccounted
+from autotune.noise.microbatch import Extras, coordinate_ratio, upper_quantile
+from autotune.noise.parameters import Metric, ParameterSet, weighted
+from autotune.noise.ranks import Ranks
+from autotune.noise.statistics import ChunkSums, GradientRecord
+
+#: Instantiated gradients of a shared parameter larger than this (numbers) are left out instead.
+INSTANCE_LIMIT = 1 << 26
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What an estimate covers.
+
+    Attributes:
+        share: Part of the trainable parameters (by count of numbers) that is covered.
+        excluded: Name -> why it is not.
+    """
+
+    share: float
+    excluded: dict[str, str]
+
+
+@dataclass
+class _Call:
+    """One use of a layer in the forward pass that has not been back-propagated yet."""
+
+    name: str
+    layer: nn.Module
+    inputs: Tensor
+    gradient: Tensor | None = None
+
+
+class PerExampleMeter:
+    """Per-example squared norms of one backward pass.
+
+    Use: ``begin``; for each micro-batch ``attach`` before the forward pass, ``arm`` between it and the backward pass,
+    ``end_chunk`` after it; ``close`` once ``.grad`` is final. Forward passes that are not armed leave nothing. The
+    extras need the whole window in one micro-batch.
+
+    Args:
+        model: The module.
+        parameters: What is measured; what is unsupported is left out.
+        extras: Further statistics; they instantiate the gradients.
+
+    Raises:
+        UnsupportedSetupError: Nothing in the model is supported.
+    """
+
+    def __init__(self, model: nn.Module, parameters: ParameterSet, extras: Extras | None = None) -> None:
+        self.model = model
+        self.wanted = parameters
+        self.extras = extras or Extras()
+        self.metric: Metric | None = None
+        self._index = {id(parameter): i for i, parameter in enumerate(parameters.parameters)}
+        self._handles: list[Any] = []
+        self._pending: dict[int, _Call] = {}
+        self._uses: Counter[int] = Counter()
+        self._armed = False
+        self._batch = 0
+        self._scale: float | Tensor = 1.0
+        self._excluded: dict[str, str] = {}
+        self._by_hand: dict[int, int] = {}
+        self._covered: set[int] | None = None
+        self._sums: ChunkSums | None = None
+        self._coverage = Coverage(1.0, {})
+        self._norms: dict[int, Tensor] = {}
+        self._grads: dict[int, Tensor] = {}
+        if not any(layers.is_supported(module) for module in model.modules()):
+            raise UnsupportedSetupError(
+                f"no layer of {type(model).__name__} gives per-example gradients (supported: Linear, Conv1d-3d, "
+                "Embedding, LayerNorm, RMSNorm, GroupNorm): accumulate gradients over two or more micro-batches "
+                "and take source='microbatch'"
+            )
+
+    def begin(self) -> None:
+        """Forgets what was collected; a new update follows."""
+        self.detach()
+        self._sums, self._excluded, self._covered = None, {}, None
+
+    def refuse_coupled(self) -> None:
+        """Says no to batch normalisation in training mode.
+
+        Raises:
+            UnsupportedSetupError: With the layer's name and what to do.
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(module, layers.COUPLED) and module.training:
+                raise UnsupportedSetupError(
+                    f"per-example gradients do not exist under batch normalisation ({name!r}): it makes "
+                    "an example's loss depend on its neighbours. Take source='microbatch' with "
+                    "Trainer(accumulate_grad_batches=2) or more, source='ranks', or GroupNorm"
+                )
+
+    def attach(self) -> None:
+        """Puts the forward hooks on.
+
+        Raises:
+            UnsupportedSetupError: See :meth:`refuse_coupled`.
+        """
+        self.detach()
+        self.refuse_coupled()
+        for name, module in self.model.named_modules():
+            if layers.is_supported(module) and any(id(p) in self._index for p in module.parameters(False)):
+                self._handles.append(module.register_forward_hook(self._forward_hook(name)))
+
+    def detach(self) -> None:
+        """Takes every hook off and forgets what was kept."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._pending.clear()
+        self._armed = False
+
+    def _forward_hook(self, name: str) -> Any:
+        def forward_hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad or not inputs:
+                return
+            call = _Call(name, layer, inputs[0].detach())
+            self._pending[id(call)] = call
+            output.register_hook(lambda gradient: self._backward(call, gradient))  # type: ignore[no-untyped-call]
+
+        return forward_hook
+
+    def _backward(self, call: _Call, gradient: Tensor) -> None:
+        # A pass that nobody armed (a trial, a user's own backward) takes its calls away with it.
+        self._pending.pop(id(call), None)
+        if not self._armed:
+            return
+        call.gradient = gradient.detach()
+        uses = [self._uses[id(parameter)] for parameter in call.layer.parameters(False)]
+        simple = self.metric is None and not (self.extras.inner or self.extras.coordinate)
+        if simple and max(uses, default=0) == 1:
+            self._take(call, layers.squares, self._norms)
+        else:
+            self._take(call, layers.instances, self._grads)
+
+    def _take(self, call: _Call, reader: layers.Reader, store: dict[int, Tensor]) -> None:
+        layer, a, e = call.layer, call.inputs, call.gradient
+        assert e is not None
+        own = {key: p for key, p in layer.named_parameters(recurse=False) if id(p) in self._index}
+        reason = self._reason(a, e, own, reader)
+        if reason is not None:
+            self._excluded.update({f"{call.name}.{key}": reason for key in own})
+            for parameter in own.values():
+                self._uses[id(parameter)] = -(10**6)
+            return
+        for key, value in reader(layer, a, e).items():
+            if key in own:
+                before = store.get(id(own[key]))
+                store[id(own[key])] = value if before is None else before + value
+
+    def _reason(self, a: Tensor, e: Tensor, own: dict[str, nn.Parameter], reader: layers.Reader) -> str | None:
+        if a.ndim == 0 or a.shape[0] != self._batch or e.shape[0] != self._batch:
+            return f"its input's first axis is {a.shape[0] if a.ndim else 0} long, the batch {self._batch}"
+        numbers = self._batch * max((p.numel() for p in own.values()), default=0)
+        if reader is layers.instances and numbers > INSTANCE_LIMIT:
+            return f"its {self._batch} gradients would need {numbers} numbers at once, above {INSTANCE_LIMIT}"
+        return None
+
+    def arm(self, batch: int, loss: Tensor | None = None, metric: Metric | None = None) -> None:
+        """The backward pass that comes is the one to measure.
+
+        Args:
+            batch: ``N``.
+            loss: Its graph is searched for uses of parameters that no layer accounts for.
+            metric: Preconditioner, as in :mod:`autotune.noise.parameters`.
+        """
+        self._batch, self.metric, self._armed = batch, metric, True
+        self._norms, self._grads, self._uses = {}, {}, Counter()
+        for call in self._pending.values():
+            self._uses.update(id(parameter) for parameter in call.layer.parameters(False))
+        self._by_hand = {} if loss is None else unaccounted(loss, self._uses)
+
+    def end_chunk(self, scale: float | Tensor) -> None:
+        """The backward pass is over; ``g_i = scale * h_i``."""
+        self._scale = scale
+        self.detach()
+        covered = {id(parameter) for parameter in self.wanted.parameters if self._is_covered(parameter)}
+        # A parameter must be covered in every micro-batch, or it belongs to none.
+        if self._covered is not None and covered != self._covered:
+            self._sums = None if self._sums is None else self._sums + self._sums.spoiled()
+        self._covered = covered
+        device = self.wanted.parameters[0].device
+        per_example = torch.zeros(self._batch, len(self.wanted.group_names), device=device)
+        for parameter, group in self._kept():
+            norms = self._norms.get(id(parameter))
+            if norms is None:
+                norms = weighted(self._grads[id(parameter)], parameter, self.metric).flatten(1).square().sum(1)
+            per_example[:, group] += norms
+        sums = ChunkSums.of([1] * self._batch, per_example * scale**2)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._coverage = self._find_coverage()
+        if not (self.extras.inner or self.extras.coordinate):
+            self._norms, self._grads = {}, {}
+
+    def _kept(self) -> list[tuple[nn.Parameter, int]]:
+        pairs = zip(self.wanted.parameters, self.wanted.groups, strict=True)
+        return [(parameter, group) for parameter, group in pairs if id(parameter) in (self._covered or ())]
+
+    def coverage(self) -> Coverage:
+        """What the last record covers; everything, before there is one."""
+        return self._coverage
+
+    def _find_coverage(self) -> Coverage:
+        excluded = dict(self._excluded)
+        covered = 0
+        total = sum(parameter.numel() for parameter in self.wanted.parameters)
+        for name, parameter in zip(self.wanted.names, self.wanted.parameters, strict=True):
+            if self._is_covered(parameter):
+                covered += parameter.numel()
+                excluded.pop(name, None)
+            elif id(parameter) in self._by_hand:
+                excluded[name] = "it is also used without its layer"
+            elif name not in excluded and parameter.grad is not None:
+                excluded[name] = "no supported layer used it in this pass"
+        return Coverage(covered / total, excluded)
+
+    def _is_covered(self, parameter: nn.Parameter) -> bool:
+        key = id(parameter)
+        known = (key in self._norms) != (key in self._grads)
+        return known and self._uses[key] > 0 and key not in self._by_hand
+
+    def close(self, ranks: Ranks | None = None, scale: float | Tensor = 1.0) -> GradientRecord:
+        """The record over what is covered, from ``.grad`` with ``g = scale * .grad``.
+
+        Args:
+            ranks: How to join with the other processes.
+            scale: As it says; ``.grad`` is accumulated, averaged over ranks, unscaled, not yet clipped.
+        """
+        kept = self._kept()
+        sums = self._sums
+        if sums is None or not kept:
+            raise RuntimeError("PerExampleMeter.close() comes after end_chunk(), and something must be covered")
+        single = int(self.extras.inner or self.extras.coordinate)
+        if single:
+            inner, coordinate = self._extras(kept, scale)
+            sums = replace(sums, inner_sq=inner.square().sum())
+        if ranks is not None:
+            sums = ranks.join(sums)
+        covered = replace(
+            self.wanted,
+            names=("",) * len(kept),
+            parameters=tuple(parameter for parameter, _ in kept),
+            groups=tuple(group for _, group in kept),
+        )
+        mean_sq = covered.gradient_squares(self.metric) * scale**2
+        self._norms, self._grads = {}, {}
+        return sums.close(mean_sq, coordinate=coordinate if single else None)
+
+    def _extras(self, kept: list[tuple[nn.Parameter, int]], scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """``g_i . g`` of each example, and the quantile of ``V_j / g_j^2``."""
+        inner = torch.zeros(self._batch, device=kept[0][0].device)
+        count = torch.tensor(float(self._batch), device=inner.device)
+        ratios = []
+        for parameter, _ in kept:
+            if parameter.grad is None:
+                continue
+            grads = weighted(self._grads[id(parameter)], parameter, self.metric).flatten(1) * self._scale
+            final = weighted(parameter.grad, parameter, self.metric).reshape(-1) * scale
+            inner += grads @ final
+            ratios.append(coordinate_ratio(grads.square().sum(0), final.square(), count, count))
+        return inner, upper_quantile(torch.cat(ratios), self.extras.quantile)

@@ -1,0 +1,5 @@
+"""Optimizers that torch has not."""
+
+from autotune.optim.adagrad_norm import AdaGradNorm
+
+__all__ = ["AdaGradNorm"]

@@ -1,0 +1,162 @@
+"""What goes with a growth step: the learning rate, and the way back when the loss explodes after it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotune.callbacks._trainer.rates import ScaledSteps, current_rates, set_rates
+from autotune.noise.ranks import Ranks
+from autotune.snapshot import OptimizerState, Snapshot, Weights
+
+#: Updates of history behind the usual loss, and updates for which a growth is watched.
+HISTORY = 32
+WATCHED = 16
+#: Losses that are averaged before they count as an explosion.
+RECENT = 3
+
+
+class Watch:
+    """The losses before a growth, and the way back."""
+
+    def __init__(self) -> None:
+        self._losses: deque[Tensor] = deque(maxlen=HISTORY)
+        self._window: list[Tensor] = []
+        self._snapshot: Snapshot | None = None
+        self._optimizer: Any = None
+        self._usual = (math.nan, math.nan)
+        self._since: list[float] = []
+
+    def note(self, outputs: Any, accumulate: int) -> None:
+        """Takes one micro-batch's loss in; it stays on the device."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self._window.append(loss.detach().float() * accumulate)
+
+    @property
+    def active(self) -> bool:
+        """Whether a growth is being watched."""
+        return self._snapshot is not None
+
+    def begin(self, module: nn.Module, optimizer: Any) -> None:
+        """The first update of a larger batch is about to run: remembers weights, optimizer and the usual loss."""
+        losses = torch.stack(list(self._losses)).tolist() if self._losses else []
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        spread = math.sqrt(sum((loss - mean) ** 2 for loss in finite) / max(len(finite) - 1, 1)) if finite else math.nan
+        self._usual, self._since, self._optimizer = (mean, spread), [], optimizer
+        self._snapshot = Snapshot([Weights(module), OptimizerState(optimizer)])
+        self._snapshot.capture()
+
+    def update_done(self, ranks: Ranks | None) -> bool:
+        """An update is done; True where the loss has exploded since :meth:`begin`."""
+        if not self._window:
+            return False
+        loss = torch.stack(self._window).mean()
+        self._window = []
+        self._losses.append(loss)
+        if not self.active:
+            return False
+        value = float(loss)
+        if ranks is not None:
+            # NaN compares as nothing: infinity speaks for it on every rank.
+            value = ranks.worst(value if math.isfinite(value) else math.inf, loss.device)
+        self._since.append(value)
+        exploded = self._exploded()
+        if not exploded and len(self._since) >= WATCHED:
+            self._snapshot = None
+        return exploded
+
+    def _exploded(self) -> bool:
+        if not math.isfinite(self._since[-1]):
+            return True
+        mean, spread = self._usual
+        if math.isnan(mean) or len(self._since) < RECENT:
+            return False
+        recent = sum(self._since[-RECENT:]) / RECENT
+        return recent > mean + 0.5 * abs(mean) + 4 * spread
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The numbers behind the verdict."""
+        return {"loss_before": self._usual[0], "loss_spread": self._usual[1], "loss_after": self._since[-1]}
+
+    def undo(self) -> None:
+        """Weights and optimizer go back; learning rates stay with whoever schedules them."""
+        assert self._snapshot is not None
+        rates = current_rates(self._optimizer)
+        self._snapshot.restore()
+        set_rates(self._optimizer, rates)
+        self._snapshot = None
+        self._losses.clear()
+
+
+def auto_lrs(trainer: Any) -> Any:
+    """The run's ``AutoLRS``, or None."""
+    found = (item for item in trainer.callbacks if any(cls.__name__ == "AutoLRS" for cls in type(item).__mro__))
+    return next(found, None)
+
+
+#: Growth since the last search of a learning rate after which another is asked for.
+SEARCH_AGAIN = 4.0
+
+
+class Rates:
+    """Scales the learning rate with the batch: through ``AutoLRS`` where it drives the rate, else around each step."""
+
+    def __init__(self) -> None:
+        self.multiplier = 1.0
+        self._steps: ScaledSteps | None = None
+        self._auto: Any = None
+        self._searches = 0
+        self._searched_at = 0
+        self._batch = 0
+
+    def attach(self, trainer: Any, batch: int) -> None:
+        """Finds out who drives the rate; ``batch`` is the global batch at the start."""
+        self._auto = auto_lrs(trainer)
+        self._searched_at = self._batch = batch
+        if self._auto is None:
+            self._steps = ScaledSteps(trainer.optimizers[0])
+
+    def detach(self) -> None:
+        """Takes the hooks off the optimizer."""
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+
+    def scale(self, factor: float) -> None:
+        """Multiplies the rate from the next update on."""
+        self.multiplier *= factor
+        if self._steps is not None:
+            self._steps.multiplier = self.multiplier
+        elif self._auto is not None:
+            self._auto.rescale(factor)
+
+    def grown(self, batch: int) -> None:
+        """Asks for a search once the batch is four times that of the last one."""
+        if self._auto is None:
+            return
+        searches = sum(decision.kind == "search" for decision in self._auto.decisions)
+        if searches != self._searches:
+            # A search since the last growth has found the rate of the batch as it was then.
+            self._searches, self._searched_at = searches, self._searched_at if searches == 1 else self._batch
+        if batch >= SEARCH_AGAIN * self._searched_at:
+            self._auto.request_search(f"the batch has grown from {self._searched_at} to {batch} examples")
+            self._searched_at = batch
+        self._batch = batch
+
+    def state_dict(self) -> dict[str, float]:
+        """Primitives."""
+        return {"multiplier": self.multiplier, "searches": self._searches, "searched_at": self._searched_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; ``AutoLRS`` restores its own rate."""
+        self.multiplier = state["multiplier"]
+        self._searches, self._searched_at = state["searches"], state["searched_at"]
+        if self._steps is not None:
+            self._steps.multiplier = self.multiplier

@@ -1,0 +1,105 @@
+"""The plan of a fit: its end, the shape of the rate up to it, the stages' clock, and what searching may cost."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from autotune.callbacks._trainer import horizon as horizons
+from autotune.stage.budget import Budget
+from autotune.stage.machine import StageMachine
+from autotune.stage.schedule import Shape
+from autotune.stage.settings import LRSettings
+
+#: AutoLRS as published: stages double from 1000 steps to 8000, which makes 15000 until they stay.
+_PUBLISHED_FIRST, _PUBLISHED_LONGEST, _PUBLISHED_DOUBLING = 1000.0, 8000.0, 15000.0
+
+
+class LRPlan:
+    """What follows from the trainer's limits and the user's settings.
+
+    Attributes:
+        horizon: The run's end.
+        updates: The run's (assumed) length in optimizer steps; NaN until a step has been timed.
+        budget: What searching may cost.
+        shape: Of the rate.
+        machine: The stages' clock.
+    """
+
+    def __init__(self, settings: LRSettings, trainer: Any) -> None:
+        self._settings = settings
+        self._trainer = trainer
+        self._renew()
+
+    def _renew(self) -> None:
+        self.horizon = horizons.plan(self._trainer)
+        self.set_updates(self.horizon.updates)
+
+    def renewed(self) -> bool:
+        """Looks again at a run whose end was not known; whether it is now."""
+        if not horizons.plan(self._trainer).known:
+            return False
+        self._renew()
+        return True
+
+    def set_updates(self, updates: float) -> None:
+        """Sets the run's length in optimizer steps."""
+        self.updates = updates
+        known = self.horizon.known
+        resolution = 0.0 if math.isnan(updates) else 1.0 / max(updates, 1.0)
+        self.budget = Budget(self._settings.search_budget, updates if known else math.inf)
+        if self._settings.objective == "forecast":
+            self.shape = Shape(warmup=0.0, decay=False)
+            self.machine = self._published_machine(updates)
+        else:
+            self.shape = Shape(decay=known, resolution=resolution)
+            self.machine = StageMachine(search=self._settings.search, known_end=known)
+
+    def _published_machine(self, updates: float) -> StageMachine:
+        """AutoLRS's clock. On runs too short for it the stages keep their ratios: 1, 2, 4, 8 of fifteen parts."""
+        length = updates if math.isfinite(updates) else _PUBLISHED_DOUBLING
+        scale = min(1.0, length / _PUBLISHED_DOUBLING) / length
+        return StageMachine(
+            search="every_stage",
+            known_end=False,
+            first=_PUBLISHED_FIRST * scale,
+            longest=_PUBLISHED_LONGEST * scale,
+            forecast_at=math.inf,
+            guard=False,
+            decay=1.0,
+        )
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done; unbounded where the end is not known."""
+        done = horizons.done(self._trainer, self.horizon)
+        return done / (self.horizon.total if self.horizon.known else self.updates)
+
+    @property
+    def searchable(self) -> float:
+        """Steps that searching may cost in the whole (assumed) run."""
+        return self.budget.first(self.updates)
+
+    def describe(self) -> str:
+        """The plan, in a sentence."""
+        horizon = self.horizon
+        if not horizon.known:
+            return f"the end is not known ({horizon.reason}): the rate is held, and lowered on a plateau"
+        count = "" if math.isnan(horizon.updates) else f", about {horizon.updates:.0f} updates"
+        return f"the run ends at {horizon.total:g} {horizon.unit}{count}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """As primitives."""
+        return {"unit": self.horizon.unit, "total": self.horizon.total, "updates": self.updates}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> float:
+        """Takes up a saved plan.
+
+        Returns:
+            The saved total in units of the present one: 1 where the end has not moved.
+        """
+        if saved["unit"] != self.horizon.unit or not self.horizon.known:
+            return 1.0
+        if math.isnan(self.updates):
+            self.set_updates(saved["updates"] * self.horizon.total / saved["total"])
+        return float(saved["total"] / self.horizon.total)

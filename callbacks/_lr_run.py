@@ -1,0 +1,368 @@
+"""One fit under learning-rate control: what the stage machine asks for, done on the trainer.
+
+The machine (:mod:`autotune.stage.machine`) says *when*; the searches (:mod:`autotune.search`), the forecaster and the
+snapshots say *what*; here they are put together, paid from one budget, and every outcome becomes a ``Decision``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from autotune.callbacks._losses import LossWatch
+from autotune.callbacks._lr_plan import LRPlan
+from autotune.callbacks._lr_search import LRSearches, SearchOutcome
+from autotune.callbacks._run_log import RunLog
+from autotune.callbacks._trainer.facts import inform
+from autotune.callbacks._trainer.horizon import exempt_from_time_limit
+from autotune.callbacks._trainer.rates import RateDriver
+from autotune.callbacks._trials import Trials
+from autotune.decision import Decision
+from autotune.snapshot import OptimizerState, Weights
+from autotune.stage.machine import Probe, StageState
+from autotune.stage.outlook import Outlook, look_ahead
+from autotune.stage.settings import LRSettings
+
+_NO_OUTLOOK = Outlook(math.nan, math.nan, math.nan, "not yet")
+
+
+class LRRun:
+    """The state and the moves of one fit.
+
+    Args:
+        settings: The user's.
+        trainer: In a running fit.
+        module: Its module.
+        saved: A state to go on from, or None.
+        decisions: Those before ``saved``; the run's own are appended.
+    """
+
+    def __init__(
+        self,
+        settings: LRSettings,
+        trainer: Any,
+        module: Any,
+        saved: dict[str, Any] | None,
+        decisions: list[Decision],
+    ) -> None:
+        self.settings = settings
+        self.trainer = trainer
+        self.decisions = decisions
+        self.state = StageState()
+        self.trial_steps = 0
+        self.spent = 0.0
+        self._first_cost = 0.0
+        self._search_seconds = 0.0
+        self._log = RunLog.of(trainer)
+        self.optimizer = optimizer = trainer.optimizers[0]
+        ratios = None if saved is None else saved["ratios"]
+        self.driver = RateDriver(optimizer, scheduled=bool(trainer.lr_scheduler_configs), ratios_=ratios)
+        self.trials = Trials(
+            trainer, module, set_rates=self.driver.trial, ratios=self.driver.ratios, seed=settings.seed
+        )
+        self._best_weights, self._best_optimizer = Weights(module), OptimizerState(optimizer)
+        self._watch = LossWatch()
+        self._outlook = _NO_OUTLOOK
+        self._prepared = False
+        self.plan = LRPlan(settings, trainer)
+        self._searches = LRSearches(settings, self)
+        if saved is not None:
+            self._load(saved)
+
+    @property
+    def step(self) -> int:
+        """Real updates done."""
+        return int(self.trainer.global_step)
+
+    @property
+    def left(self) -> float:
+        """Steps that searching may still cost now."""
+        return self.plan.budget.left(self.spent, self.step, self._first_cost)
+
+    # ------------------------------------------------------------------ moves
+
+    def before_update(self) -> None:
+        """Everything that is due before the next update; then its rate is set."""
+        if not self._prepared:
+            self._prepare()
+        progress = self.plan.progress
+        if self._watch.trouble:
+            self._recover(progress)
+        if self._watch.broken:
+            inform(self._watch.broken)
+            self._watch.broken = ""
+            self.state = self.plan.machine.cut(self.state, progress)
+        while (due := self.plan.machine.due(self.state, progress)) is not None:
+            {"search": self._search, "forecast": self._predict, "end": self._end_stage}[due](progress)
+        assert self.state.lr is not None
+        self.driver.apply(self.state.lr, self.plan.shape(progress))
+
+    def after_update(self, loss: Tensor | None) -> None:
+        """Takes in the training loss of an update that has been made."""
+        if loss is not None:
+            self._watch.add(self.step, loss)
+
+    def finish(self) -> None:
+        """The run has ended: the last stage is judged, and undone if it lost ground; then the sum is written."""
+        if self.state.index and self.left >= self.trials.probe_cost:
+            self._watch.read()
+            probe = self._check()
+            self._judge(self.state, probe, ())
+            if self.plan.machine.lost(self.state, last=True) or not math.isfinite(probe.loss):
+                before = self.state
+                self.state, verdict = self.plan.machine.failed(self.state)
+                if verdict == "roll_back":
+                    self._roll_back(before, f"the run ended at {probe.loss:.4g}, worse than its best")
+        numbers = {
+            "lr": self.driver.last,
+            "trial_steps": self.trial_steps,
+            "real_steps": self.step,
+            "cost_steps": self.spent,
+            "search_seconds": self._search_seconds,
+            "searches": self.state.searches,
+        }
+        share = self.spent / max(self.step, 1)
+        self.record("finish", "end", f"searching cost {share:.1%} of {self.step} updates", numbers=numbers)
+
+    def epoch_started(self) -> None:
+        """An epoch of a loader without a length has been counted: the end may be known now."""
+        if self.state.index and not self.plan.horizon.known:
+            before = self.plan.updates
+            if self.plan.renewed():
+                self._move_clock(before / self.plan.updates, "was not known")
+
+    def request_search(self, reason: str) -> None:
+        """Somebody else has a reason to search again, at the next update; the budget permitting."""
+        self.state = self.plan.machine.asked(self.state, reason)
+
+    def rescale(self, factor: float) -> None:
+        """Multiplies the peak (the batch has grown)."""
+        if self.state.lr is not None:
+            self.state = replace(self.state, lr=self.state.lr * factor)
+
+    def plateau(self) -> None:
+        """The user's early stopping is running out of patience: the stage ends now."""
+        if not self.plan.horizon.known:
+            self.state = self.plan.machine.cut(self.state, self.plan.progress)
+
+    # ------------------------------------------------------------------ pieces
+
+    def _prepare(self) -> None:
+        self._prepared = True
+        if math.isnan(self.plan.updates):
+            seconds, steps = self.trials.time_a_step(0.0)
+            exempt_from_time_limit(self.trainer, seconds * steps)
+            self._pay(steps, steps)
+            self._first_cost += steps
+            self.plan.set_updates(self.plan.horizon.total / seconds)
+        steps = self._searches.policy.probe_steps(self.plan.searchable)
+        self.trials.prepare_probe(monitor=self.settings.monitor, mode=self.settings.mode, steps=steps)
+
+    def _pay(self, cost: float, trial_steps: int = 0) -> None:
+        self.spent += cost
+        self.trial_steps += trial_steps
+
+    def _check(self) -> Probe:
+        """A probe of the present weights, counted by the machine."""
+        probe = self.trials.probe()
+        self._pay(self.trials.probe_cost)
+        self.state = self.plan.machine.checked(self.state, probe, self._watch.recent())
+        return probe
+
+    def _search(self, progress: float) -> None:
+        outcome = self._run_search(progress, self.state.request or "the first update is due")
+        if self.state.index == 0:
+            self._begin_stage(progress, outcome.start)
+
+    def _run_search(self, progress: float, why: str) -> SearchOutcome:
+        outcome = self._searches.run(progress, why)
+        self._pay(outcome.cost, outcome.trial_steps)
+        if self.state.searches == 0:
+            self._first_cost += outcome.cost
+        self._search_seconds += outcome.seconds
+        exempt_from_time_limit(self.trainer, outcome.seconds)
+        previous = self.state.lr
+        self.state = self.plan.machine.searched(self.state, outcome.lr)
+        numbers = {
+            **outcome.numbers,
+            "lr": outcome.lr,
+            "multiplier": outcome.lr,
+            "previous_lr": previous,
+            "index": self.state.searches - 1,
+            "monitor": self.trials.monitor,
+        }
+        self.record("search", outcome.action, outcome.reason, numbers=numbers, cost=outcome.cost)
+        return outcome
+
+    def _begin_stage(self, progress: float, probe: Probe | None) -> None:
+        best = self.state.best_probe
+        self.state = self.plan.machine.begun(self.state, progress, self.step, probe, self._watch.recent())
+        if self.state.best_probe is not best or self.state.index == 1:
+            self._best_weights.capture()
+            self._best_optimizer.capture()
+        if math.isnan(self.state.first_train):
+            self.state = replace(self.state, first_train=self._watch.first)
+        self._watch.begin_stage()
+        self._outlook = _NO_OUTLOOK
+        numbers = {
+            "index": self.state.index,
+            "start_step": self.step,
+            "end_progress": self.state.end,
+            "end_step": self._end_step(),
+            "loss": math.nan if probe is None else probe.loss,
+            "lr": self.state.lr,
+            "multiplier": self.state.lr,
+        }
+        self.record("stage", "begin", f"stage {self.state.index} begins", numbers=numbers)
+
+    def _end_step(self) -> int:
+        return round(self.step + (self.state.end - self.plan.progress) * self.plan.updates)
+
+    def _predict(self, progress: float) -> None:
+        self._watch.read()
+        numbers: dict[str, Any] = {"stage": self.state.index, "at_step": self.step, "target_step": self._end_step()}
+        if self.left < 2 * self.trials.probe_cost:  # the probe here and the one at the stage's end
+            self.state = self.plan.machine.predicted(self.state, None)
+            self.record("forecast", "refuse", "the search budget has no room for the probes", numbers=numbers)
+            return
+        now = self._check()
+        numbers |= {"loss": now.loss}
+        cost = self.trials.probe_cost
+        self._outlook = look_ahead(self._watch.trace, self.state.start_probe, now, self.step, self._end_step())
+        if self._outlook.trusted:
+            value, low, high = self._outlook.value, self._outlook.low, self._outlook.high
+            self.state = self.plan.machine.predicted(self.state, (value, low, high))
+            self._watch.expect(self._outlook.watch)
+            numbers |= {"prediction": value, "low": low, "high": high, "level": 0.8}
+            reason = f"a loss of {now.loss:.4g} now, {value:.4g} ({low:.4g} to {high:.4g}) expected at the stage's end"
+            self.record("forecast", "predict", reason, numbers=numbers, cost=cost)
+        else:
+            self.state = self.plan.machine.predicted(self.state, None)
+            self.record("forecast", "refuse", self._outlook.reason, numbers=numbers, cost=cost)
+        if self.plan.machine.lost(self.state):
+            self._settle(progress, now)
+
+    def _end_stage(self, progress: float) -> None:
+        self._watch.read()
+        if self.left >= self.trials.probe_cost:
+            self._settle(progress, self._check())
+        else:
+            self._begin_stage(progress, None)
+
+    def _settle(self, progress: float, probe: Probe) -> None:
+        """A stage is over: judge it, draw the consequences, begin the next."""
+        before = self.state
+        self.state, verdict, evidence = self.plan.machine.ended(self.state, probe)
+        self._judge(before, probe, evidence)
+        if verdict == "roll_back":
+            self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")
+            probe = before.best_probe or probe
+        elif verdict == "decay":
+            numbers = {"lr": self.state.lr, "multiplier": self.state.lr, "previous_lr": before.lr}
+            self.record("plateau", "decay", evidence[0], numbers=numbers)
+        elif verdict == "search":
+            self._run_search(progress, "; ".join(evidence) or "a stage has ended")
+        self._begin_stage(progress, probe)
+
+    def _judge(self, state: StageState, probe: Probe, evidence: tuple[str, ...]) -> None:
+        numbers: dict[str, Any] = {
+            "index": state.index,
+            "start_step": state.start_step,
+            "end_step": self.step,
+            "loss": probe.loss,
+            "previous_loss": math.nan if state.start_probe is None else state.start_probe.loss,
+            "evidence": list(evidence),
+        }
+        reason = f"stage {state.index} ends at a loss of {probe.loss:.4g}"
+        if state.prediction is not None:
+            value, low, high = state.prediction
+            inside = low <= probe.loss <= high
+            numbers |= {"prediction": value, "low": low, "high": high, "inside": inside}
+            reason += f"; {value:.4g} was predicted, {'inside' if inside else 'outside'} {low:.4g} to {high:.4g}"
+        self.record("stage", "end", reason, numbers=numbers, cost=self.trials.probe_cost)
+
+    def _recover(self, progress: float) -> None:
+        why, self._watch.trouble = self._watch.trouble, ""
+        before = self.state
+        self.state, verdict = self.plan.machine.failed(self.state)
+        if verdict == "roll_back":
+            self._roll_back(before, why)
+            self._begin_stage(progress, before.best_probe)
+        else:
+            self.record("rollback", "keep", f"{why}; going back does not help, so training goes on", numbers={})
+
+    def _roll_back(self, before: StageState, why: str) -> None:
+        self._best_weights.restore()
+        self._best_optimizer.restore()
+        lost = self.step - before.best_step
+        numbers = {
+            "to_step": before.best_step,
+            "lost_steps": lost,
+            "lr": self.state.lr,
+            "multiplier": self.state.lr,
+            "previous_lr": before.lr,
+        }
+        reason = f"{why}: back to the weights of step {before.best_step}, at a lower rate"
+        self.record("rollback", "roll_back", reason, numbers=numbers, cost=lost)
+
+    # ------------------------------------------------------------------ records and state
+
+    def record(self, kind: str, action: str, reason: str, *, numbers: dict[str, Any], cost: float = 0.0) -> Decision:
+        """Writes a decision everywhere."""
+        decision = Decision(kind, action, reason, self.step, numbers=numbers, cost_steps=float(cost))
+        self.decisions.append(decision)
+        self._log.write(decision)
+        return decision
+
+    def scalars(self) -> dict[str, float]:
+        """What goes to the loggers at every logging step."""
+        return {
+            "lr": self.driver.last,
+            "peak_lr": math.nan if self.state.lr is None else self.state.lr,
+            "stage": self.state.index,
+            "trial_steps": self.trial_steps,
+            "search_cost_steps": self.spent,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold: primitives and tensors. The best weights make it about twice as large."""
+        staged = self.state.index > 0
+        return {
+            "ratios": list(self.driver.ratios),
+            "stage": self.state.to_dict(),
+            "trial_steps": self.trial_steps,
+            "spent": self.spent,
+            "first_cost": self._first_cost,
+            "search_seconds": self._search_seconds,
+            "watch": self._watch.state_dict(),
+            "plan": self.plan.state_dict(),
+            "weights": self._best_weights.state_dict() if staged else [],
+            "optimizer": self._best_optimizer.state_dict() if staged else {},
+        }
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self.state = StageState.from_dict(saved["stage"])
+        self.trial_steps, self.spent = saved["trial_steps"], saved["spent"]
+        self._first_cost, self._search_seconds = saved["first_cost"], saved["search_seconds"]
+        self._watch.load_state_dict(saved["watch"])
+        scale = self.plan.load_state_dict(saved["plan"])
+        if not self.state.index:
+            return
+        self._best_weights.load_state_dict(saved["weights"])
+        self._best_optimizer.load_state_dict(saved["optimizer"])
+        if scale != 1.0:
+            self._move_clock(scale, "was another")
+
+    def _move_clock(self, scale: float, was: str) -> None:
+        """The run's end has moved: the clock stands where the same work stands on the new scale."""
+        state, progress, machine = self.state, self.plan.progress, self.plan.machine
+        end = state.end * scale
+        if state.end >= 1.0 or not progress < end < 1.0:
+            end = min(progress + machine.length(state.index - 1), 1.0)
+        self.state = replace(state, start=state.start * scale, end=end, forecast_due=state.forecast_due * scale)
+        horizon = self.plan.horizon
+        reason = f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew"
+        self.record("setup", "replan", reason, numbers={"unit": horizon.unit, "total": horizon.total})

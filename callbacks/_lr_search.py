@@ -1,0 +1,253 @@
+"""A learning-rate search from plan to decision: legs, searchers, acceptance, and what to do when nothing is found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autotune.callbacks._trials import PlannedLeg, SearchResult
+from autotune.search import (
+    BracketSearch,
+    GridSearch,
+    LogSpace,
+    LRSearch,
+    Outcome,
+    PublishedSearch,
+    Recommendation,
+    Search,
+    SearchState,
+)
+from autotune.search.surrogate import SurrogatePrior
+from autotune.stage.machine import Probe
+from autotune.stage.policy import Leg, SearchPolicy
+from autotune.stage.schedule import TrialShape
+from autotune.stage.settings import LRSettings
+
+if TYPE_CHECKING:
+    from autotune.callbacks._lr_run import LRRun
+
+#: AutoLRS as published: candidates of a search, a stage's length in trials, validations of a late candidate.
+_PUBLISHED_CANDIDATES, _PUBLISHED_RATIO, _PUBLISHED_EVALUATIONS = 10, 10, 16
+#: Drift with no preferred sign (a preferred one was harmful), and horizons whose levels lie close together.
+_PRIOR = SurrogatePrior(drift=0.0, drift_sd=0.15, offset_sd=0.1)
+#: A later search changes the rate only for this share of a trial's progress, and for more than its deviation.
+_WORTH_CHANGING = 0.05
+#: The first rates that are tried where nothing is known.
+_FIRST_TRIED = (1e-3, 1e-1)
+#: Rates that usually train at all, by optimizer family; used only where no search could be made.
+_DEFAULTS = {"sgd": 1e-2, "asgd": 1e-2, "adagrad": 1e-2, "adadelta": 1.0, "lion": 1e-4}
+_DEFAULT = 1e-3
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What a search, or its impossibility, came to.
+
+    Attributes:
+        lr: The peak to go on with.
+        action: ``"set_lr"``, ``"keep_lr"`` or ``"skip"``.
+        reason: A sentence.
+        numbers: For the log.
+        start: The probe before it; None where none was made.
+        cost: In steps.
+        trial_steps: Optimizer steps made.
+        seconds: Wall time.
+    """
+
+    lr: float
+    action: str
+    reason: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    start: Probe | None = None
+    cost: float = 0.0
+    trial_steps: int = 0
+    seconds: float = 0.0
+
+
+class LRSearches:
+    """Plans and runs the searches of one fit.
+
+    Args:
+        settings: The user's.
+        run: The fit they are for.
+    """
+
+    def __init__(self, settings: LRSettings, run: LRRun) -> None:
+        self._settings = settings
+        self._run = run
+        self._space = LogSpace(settings.low, settings.high)
+        self.policy = SearchPolicy()
+
+    def run(self, progress: float, why: str) -> SearchOutcome:
+        """Searches now, if the budget has room for it."""
+        run = self._run
+        current = run.state.lr
+        legs, allowance = self._legs()
+        if not legs:
+            return self._skipped(why)
+        planned = [self._planned(leg, index, current, progress) for index, leg in enumerate(legs)]
+        result = run.trials.search(planned, index=run.state.searches, allowance=allowance)
+        return self._decided(result, legs, current, why)
+
+    def _legs(self) -> tuple[list[Leg], float]:
+        """The search that is due now, and what it may cost."""
+        run, probe = self._run, self._run.trials.probe_cost
+        whole = run.plan.searchable
+        if self._settings.objective == "forecast":
+            return self._published_leg(whole if run.state.searches == 0 else run.left)
+        if run.state.searches == 0:
+            return self.policy.first(whole - run.spent, probe), whole - run.spent
+        left = min(run.left, whole)
+        every = self._settings.search == "every_stage"
+        leg = self.policy.later_leg(left, run.step, probe, at_any_length=every)
+        return [] if leg is None else [leg], left
+
+    def _published_leg(self, left: float) -> tuple[list[Leg], float]:
+        probe = self._run.trials.probe_cost * (_PUBLISHED_EVALUATIONS if self._run.state.index >= 2 else 0)
+        affordable = int((left - self._run.trials.probe_cost) / _PUBLISHED_CANDIDATES - probe)
+        steps = min(self._stage_steps() // _PUBLISHED_RATIO, affordable)
+        return [Leg(_PUBLISHED_CANDIDATES, steps)] if steps >= self.policy.shortest_coarse else [], left
+
+    def _stage_steps(self) -> int:
+        plan = self._run.plan
+        return max(1, round(plan.machine.length(self._run.state.index) * plan.updates))
+
+    def _planned(self, leg: Leg, index: int, current: float | None, progress: float) -> PlannedLeg:
+        run, settings = self._run, self._settings
+        published = settings.objective == "forecast"
+        left = (1.0 - min(progress, 1.0)) * run.plan.updates
+        target = max(leg.steps, round(left)) if run.plan.horizon.known else leg.steps
+        log_current = None if current is None or published else math.log(self._space_clip(current))
+
+        def searcher(before: Recommendation | None) -> Search:
+            return self._searcher(leg, before, current)
+
+        def begin(search: Search, start: Probe, outcomes: tuple[Outcome, ...]) -> SearchState:
+            return search.init(start.loss, leg.steps, target, log_current, outcomes)
+
+        level = 1.0 if current is None else max(run.driver.level(run.plan.shape(progress)), 1e-3)
+        return PlannedLeg(
+            searcher=searcher,
+            begin=begin,
+            shape=TrialShape(leg.steps, constant=published),
+            level=level,
+            forecast_to=self._stage_steps() if published else None,
+            evaluations=_PUBLISHED_EVALUATIONS if published and run.state.index >= 2 else 0,
+            stop_early=settings.stop_early and not published,
+        )
+
+    def _searcher(self, leg: Leg, before: Recommendation | None, current: float | None) -> Search:
+        if self._settings.objective == "forecast":
+            seed = self._settings.seed + self._run.state.searches
+            return PublishedSearch(self._space, candidates=leg.candidates, seed=seed)
+        if current is not None:
+            return BracketSearch(current, self._space, candidates=leg.candidates, prior=_PRIOR)
+        if self._settings.proposals == "grid":
+            return self._grid(leg, before)
+        if before is not None and math.isfinite(before.log_lr):
+            centre = math.exp(before.log_lr_trial_optimum)
+            return BracketSearch(centre, self._space, candidates=leg.candidates, prior=_PRIOR)
+        tried = [lr for lr in _FIRST_TRIED if self._space.low <= lr <= self._space.high]
+        return LRSearch(
+            self._space, candidates=leg.candidates, initial_points=tried or None, min_progress=0.0, prior=_PRIOR
+        )
+
+    def _grid(self, leg: Leg, before: Recommendation | None) -> Search:
+        """The ablation: as many trials of the same lengths, at fixed places; the second leg's in the best cell."""
+        space = self._space
+        if before is not None and math.isfinite(before.log_lr):
+            space = space.around(before.log_lr, (space.high / space.low) ** (1.0 / self.policy.coarse))
+        return GridSearch(space, candidates=leg.candidates, drift=0.0)
+
+    def _space_clip(self, lr: float) -> float:
+        return min(max(lr, self._settings.low), self._settings.high)
+
+    # ------------------------------------------------------------------ answers
+
+    def _decided(self, result: SearchResult, legs: list[Leg], current: float | None, why: str) -> SearchOutcome:
+        found = result.recommendation
+        lr, action, reason = self._fallback(result, current)
+        if found is not None and math.isfinite(found.log_lr):
+            lr, action, reason = self._answer(found, current)
+        reason = f"{reason} (searched because {why})"
+        numbers = self._numbers(result, legs)
+        return SearchOutcome(lr, action, reason, numbers, result.start, result.cost, result.trial_steps, result.seconds)
+
+    def _answer(self, found: Recommendation, current: float | None) -> tuple[float, str, str]:
+        lr = self._space_clip(math.exp(found.log_lr))
+        if current is None or self._settings.objective == "forecast":
+            return lr, "set_lr", found.reason
+        promised = f"{found.gap:.2f} +- {found.gap_sd:.2f} of a trial's progress"
+        if math.isfinite(found.gap) and found.gap > max(_WORTH_CHANGING, found.gap_sd):
+            return lr, "set_lr", f"a change promises {promised}: {found.reason}"
+        return current, "keep_lr", f"a change promises only {promised}"
+
+    def _fallback(self, result: SearchResult, current: float | None) -> tuple[float, str, str]:
+        """Without a recommendation: the current rate, the best finished trial, a default by optimizer family."""
+        if not math.isfinite(result.start.loss):
+            problem = f"the loss is {result.start.loss} before any trial, so there is nothing to search by"
+        else:
+            problem = "no trial could be ranked"
+        if current is not None:
+            return current, "keep_lr", f"{problem}: the current rate stays"
+        finished = [outcome for outcome in result.outcomes if outcome.status == "finished"]
+        if finished:
+            best = min(finished, key=lambda outcome: outcome.loss)
+            return math.exp(best.log_lr), "set_lr", f"{problem}: the best finished trial's rate"
+        lr = self._default()
+        return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}"
+
+    def _skipped(self, why: str) -> SearchOutcome:
+        current = self._run.state.lr
+        missing = f"a search was due because {why}, but the budget does not pay for trials long enough to tell"
+        if current is not None:
+            return SearchOutcome(current, "skip", f"{missing}: the current rate stays")
+        lr = self._default()
+        start, cost = None, 0.0
+        if self._run.left >= self._run.trials.probe_cost:  # a monitor that nothing logs is refused all the same
+            start, cost = self._run.trials.probe(), self._run.trials.probe_cost
+        reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
+        return SearchOutcome(lr, "skip", reason, start=start, cost=cost)
+
+    def _family(self) -> str:
+        return type(self._run.optimizer).__name__
+
+    def _default(self) -> float:
+        return self._space_clip(_DEFAULTS.get(self._family().lower(), _DEFAULT))
+
+    def _numbers(self, result: SearchResult, legs: list[Leg]) -> dict[str, Any]:
+        recommendation = result.recommendation
+        table = () if recommendation is None else recommendation.table
+        return {
+            "horizon_steps": legs[-1].steps,
+            "legs": [[leg.candidates, leg.steps] for leg in legs],
+            "initial_loss": result.start.loss,
+            "candidates": [
+                {
+                    "lr": math.exp(outcome.log_lr),
+                    "horizon_steps": outcome.horizon_steps,
+                    "steps": outcome.steps,
+                    "loss": outcome.loss,
+                    "status": outcome.status,
+                    "reason": reason,
+                    "curve": _thinned(outcome.curve),
+                }
+                for outcome, reason in zip(result.outcomes, result.reasons, strict=True)
+            ],
+            "posterior": {
+                "lr": [row.lr for row in table],
+                "mean": [row.mean for row in table],
+                "sd": [row.sd for row in table],
+                "acquisition": [row.acquisition for row in table],
+            },
+            "seconds": result.seconds,
+            "trial_steps": result.trial_steps,
+        }
+
+
+def _thinned(curve: tuple[float, ...], points: int = 100) -> list[list[float]]:
+    """At most ``points`` of a curve as (step, loss), the last one among them."""
+    stride = max(1, math.ceil(len(curve) / points))
+    kept = {*range(0, len(curve), stride), len(curve) - 1} if curve else set()
+    return [[float(step), curve[step]] for step in sorted(kept)]

@@ -1,0 +1,233 @@
+"""The training loader with a size that may change, and everything in the loop that counts its batches.
+
+=========  ============================================================  ========
+symbol     meaning                                                       unit
+=========  ============================================================  ========
+``b0``     micro-batch of the user's loader                              examples
+``N0``     batches of an epoch at that size                              batches
+``c``      ``val_check_batch`` at that size                              batches
+=========  ============================================================  ========
+
+The loader is exchanged for a shallow copy with a :class:`ResizableBatchSampler` after Lightning has put its
+distributed sampler in and before it asks for the length; the user's object is not touched. Lengths are kept in four
+places (``max_batches``, ``limits``, the fetcher's ``length`` and ``done``, ``val_check_batch``), and all of them are
+brought up to date when the size changes: left alone, validation and epoch schedulers are skipped without a word.
+
+Validation cadence keeps its meaning in examples: what was due after every ``c`` batches is due after every ``c b0``
+examples, and at the epoch's end where it was due there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from autotune.batch.sampler import ResizableBatchSampler
+from autotune.errors import UnsupportedSetupError
+
+_INSTEAD = "give the Trainer a torch DataLoader over a data set with a length, built with batch_size=..."
+
+
+class ResizableLoader:
+    """The trainer's training loader under our control, from ``setup`` to the end of the fit."""
+
+    def __init__(self) -> None:
+        self._sampler: ResizableBatchSampler | None = None
+        self._loader: Any = None
+        self._saved: dict[str, Any] | None = None
+        self.first_size = 0
+        self.first_batches = 0
+        self._check_every: float | None = None
+        self._units = 0
+        self._resized = False
+        self._due: bool | None = None
+
+    @property
+    def sampler(self) -> ResizableBatchSampler:
+        """The batch sampler of this process."""
+        if self._sampler is None:
+            raise UnsupportedSetupError(f"there is no training loader to resize: {_INSTEAD}")
+        return self._sampler
+
+    def attach(self, trainer: Any, saved: dict[str, Any] | None = None) -> None:
+        """Exchanges every training loader that Lightning prepares from now on.
+
+        Args:
+            trainer: The trainer, before its loaders are set up.
+            saved: :meth:`state_dict` of a run that goes on here.
+        """
+        self._saved = saved
+        connector = trainer._data_connector
+        original = type(connector)._prepare_dataloader
+
+        def prepare(dataloader: object, shuffle: bool, mode: Any) -> object:
+            ready = original(connector, dataloader, shuffle=shuffle, mode=mode)
+            return self._wrap(ready) if getattr(mode, "value", mode) == "train" else ready
+
+        connector._prepare_dataloader = prepare
+
+    def detach(self, trainer: Any) -> None:
+        """Undoes :meth:`attach`."""
+        vars(trainer._data_connector).pop("_prepare_dataloader", None)
+
+    def _wrap(self, loader: object) -> object:
+        sampler = _resizable(loader)
+        before = self._sampler
+        if self.first_size == 0:
+            self.first_size = sampler.batch_size
+        if self._saved is not None:
+            self.first_size = self._saved["first_size"]
+            sampler.load_state_dict(self._saved["sampler"])
+            self._resized = self._saved["resized"]
+            sampler.planned_updates = self._saved["planned_updates"]
+        elif before is not None:
+            # Reloaded every n epochs: the new loader goes on at the grown size.
+            sampler.resize(before.batch_size)
+            sampler.limit_examples = before.limit_examples
+            sampler.planned_updates = before.planned_updates
+        clone: Any = copy.copy(loader)
+        vars(clone).update(batch_sampler=sampler, batch_size=sampler.batch_size, _iterator=None)
+        self._sampler, self._loader = sampler, clone
+        return clone
+
+    def start(self, trainer: Any) -> None:
+        """The loaders are set up: reads what the user's limits and cadence mean in examples.
+
+        Raises:
+            UnsupportedSetupError: There is more than one training loader.
+        """
+        count = len(trainer.fit_loop._combined_loader.flattened)
+        if count != 1:
+            raise UnsupportedSetupError(
+                f"AdaptiveBatchSize resizes one training loader, and there are {count}: concatenate the data sets "
+                "(torch.utils.data.ConcatDataset), or leave the callback out"
+            )
+        sampler = self.sampler
+        if self._saved is None:
+            batches = int(trainer.num_training_batches)
+            if batches < len(sampler):
+                sampler.limit_examples = batches * self.first_size
+            self.first_batches = batches
+            sampler.planned_updates = -(-batches // int(trainer.accumulate_grad_batches))
+        else:
+            self.first_batches = self._saved["first_batches"]
+            self._units = self._saved["units"]
+        interval = trainer.val_check_interval
+        self._check_every = None if trainer.val_check_batch is None else float(trainer.val_check_batch)
+        if self._saved is not None and self._check_every is not None:
+            whole = isinstance(interval, int) and not isinstance(interval, bool)
+            self._check_every = float(interval if whole else max(1, int(self.first_batches * interval)))
+        if self._resized:
+            self.sync(trainer)
+            self._set_due(trainer, bool(self._saved and self._saved["due"]))
+        self._saved = None
+
+    def resize(self, trainer: Any, size: int) -> int:
+        """Batches that are not under way yet hold ``size`` examples.
+
+        Returns:
+            The position in the epoch of the first of them; the epoch's length where none is left.
+        """
+        self._resized = True
+        position = self.sampler.resize(size)
+        vars(self._loader)["batch_size"] = size
+        self.sync(trainer)
+        return position
+
+    def sync(self, trainer: Any) -> None:
+        """Brings the loop's lengths up to date with the sampler."""
+        sampler, fit_loop = self.sampler, trainer.fit_loop
+        inside = sampler.emitted > 0
+        total = sampler.epoch_batches() if inside else len(sampler)
+        fit_loop.max_batches = total
+        fit_loop._combined_loader.limits = [math.inf]
+        fetcher = fit_loop._data_fetcher
+        if fetcher is not None and fetcher.length is not None and inside:
+            fetcher.length = total
+            fetcher.done = fetcher.fetched >= total
+
+    def epoch_start(self, trainer: Any) -> None:
+        """A new epoch: its length is that of the present size."""
+        if self._resized:
+            self.sync(trainer)
+
+    def epoch_end(self, trainer: Any) -> None:
+        """The epoch was trained on to its end; said twice (after a resume) it counts once."""
+        if self.sampler.emitted and self.ready(trainer) >= trainer.num_training_batches:
+            self._units += self.first_batches
+            self.sampler.end_epoch()
+
+    def after_restore(self, trainer: Any) -> None:
+        """The position in the data was restored: lengths again, now that the batches are handed out."""
+        if self._resized:
+            self.sync(trainer)
+
+    def ready(self, trainer: Any) -> int:
+        """Batches of the present epoch that were trained on."""
+        return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def batch_end(self, trainer: Any) -> None:
+        """Decides whether validation is due now, once sizes differ from what the trainer planned with."""
+        if self._resized and self._check_every is not None and math.isfinite(self._check_every):
+            across = trainer.check_val_every_n_epoch is None
+            base = self._units if across else 0
+            ready = self.ready(trainer)
+            now, before = base + self._units_at(trainer, ready), base + self._units_at(trainer, ready - 1)
+            self._set_due(trainer, now // self._check_every > before // self._check_every)
+
+    def _units_at(self, trainer: Any, batches: int) -> int:
+        """Batches of the first size that the epoch's first ``batches`` come to; all of them at its end."""
+        if batches >= trainer.num_training_batches:
+            return self.first_batches
+        return min(self.sampler.seen(batches) // self.first_size, self.first_batches)
+
+    def _set_due(self, trainer: Any, due: bool) -> None:
+        self._due = due
+        loop = trainer.fit_loop.epoch_loop
+        iteration = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
+        # The loop validates where (iteration + 1) is a multiple of val_check_batch.
+        trainer.val_check_batch = iteration + (1 if due else 2)
+
+    def window_sizes(self, batch_idx: int, accumulate: int) -> list[int]:
+        """Sizes of the micro-batches in the window of ``batch_idx``, on this rank."""
+        return self.sampler.sizes(batch_idx - batch_idx % accumulate, accumulate)
+
+    def state_dict(self, trainer: Any) -> dict[str, Any]:
+        """Primitives; position in the epoch included."""
+        return {
+            "sampler": self.sampler.state_dict(self.ready(trainer)),
+            "first_size": self.first_size,
+            "first_batches": self.first_batches,
+            "planned_updates": self.sampler.planned_updates,
+            "units": self._units,
+            "resized": self._resized,
+            "due": bool(self._due),
+        }
+
+
+def _resizable(loader: object) -> ResizableBatchSampler:
+    if not isinstance(loader, DataLoader):
+        raise UnsupportedSetupError(f"AdaptiveBatchSize cannot resize the loader {type(loader).__name__}: {_INSTEAD}")
+    if isinstance(loader.dataset, IterableDataset):
+        raise UnsupportedSetupError(
+            f"AdaptiveBatchSize cannot resize a stream ({type(loader.dataset).__name__} is an IterableDataset): "
+            "batches are formed inside the workers there. Use a map-style data set (__getitem__ and __len__)"
+        )
+    sampler = loader.batch_sampler
+    if isinstance(sampler, ResizableBatchSampler):
+        return sampler
+    if sampler is None:
+        raise UnsupportedSetupError(
+            "the loader has batch_size=None, so its data set forms the batches and they cannot be resized: "
+            "return single examples from it and pass batch_size=..."
+        )
+    if type(sampler) is not BatchSampler:
+        raise UnsupportedSetupError(
+            f"AdaptiveBatchSize cannot resize the batch sampler {type(sampler).__name__}: write "
+            "DataLoader(dataset, batch_sampler=ResizableBatchSampler(sampler, batch_size, drop_last)) with "
+            "autotune.batch.ResizableBatchSampler, or pass sampler= and batch_size="
+        )
+    return ResizableBatchSampler(sampler.sampler, sampler.batch_size, sampler.drop_last)

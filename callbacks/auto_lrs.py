@@ -1,0 +1,242 @@
+"""``AutoLRS``: the learning rate, chosen while the run trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from autotune.callbacks._lr_run import LRRun
+from autotune.callbacks._run_log import RunLog
+from autotune.callbacks._trainer.facts import (
+    early_stopping_waits,
+    inform,
+    logs_now,
+    show_on_bar,
+    training_loss,
+    versions,
+    window_end,
+    window_start,
+)
+from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
+from autotune.callbacks._trainer.resume import DataPosition
+from autotune.decision import Decision
+from autotune.errors import StateError
+from autotune.stage.settings import LRSettings, Mode, Objective, Proposals, SearchWhen
+
+_STATE_VERSION = 1
+
+
+class AutoLRS(Callback):
+    """Finds the learning rate in the run that uses it, and decays it to zero at the run's end.
+
+    Before the first update it tries rates on the trainer's own model, by short trials whose rate decays to zero, all
+    from the same weights on the same batches; a Gaussian process over log rate and trial length proposes the next
+    and says which rate suits the whole run. Then the run trains with a short warm-up and a linear decay to zero at
+    its known end. On a doubling clock the forecast is judged, a stage that lost ground is undone, and the rate is
+    searched again when there is a reason. Trials leave no trace, and all they cost is inside ``search_budget``.
+
+    With a learning-rate scheduler of the user's, what is tuned is a multiplier on it.
+
+    Args:
+        min_lr: Lowest rate to consider for the optimizer's first group; None for 1e-6.
+        max_lr: Highest; None for 10. Ratios between groups are kept.
+        search_budget: Cap on what searching may cost, as a share of the planned updates, in (0, 1); evaluations
+            count a third of a step for a batch of training size. It comes on top of ``max_steps`` or ``max_epochs``:
+            for a fixed total ``T`` set ``max_steps=int(T / (1 + search_budget))``.
+        objective: ``"annealed"``; or ``"forecast"`` for AutoLRS as published (Jin et al., ICLR 2021), as a baseline.
+        search: ``"on_evidence"``, or ``"every_stage"`` for a search at every stage's end.
+        monitor: A name that ``validation_step`` logs; None finds the validation loss.
+        mode: Whether the monitored value is to be made small (``"min"``) or large (``"max"``).
+        seed: Chooses trial and probe batches; the run's own randomness is never touched.
+        proposals: ``"bayesian"``; or ``"grid"`` for as many trials on a fixed log grid, for comparison.
+        stop_early: Whether hopeless trials are stopped before their end.
+
+    Raises:
+        ConfigurationError: At construction, for an argument that cannot be served.
+        UnsupportedSetupError: When a fit starts, for a setup that cannot be served.
+        MonitorError: Before the first update, for a ``monitor`` that validation does not log.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_lr: float | None = None,
+        max_lr: float | None = None,
+        search_budget: float = 0.1,
+        objective: Objective = "annealed",
+        search: SearchWhen = "on_evidence",
+        monitor: str | None = None,
+        mode: Mode = "min",
+        seed: int = 0,
+        proposals: Proposals = "bayesian",
+        stop_early: bool = True,
+    ) -> None:
+        super().__init__()
+        self.settings = LRSettings(
+            min_lr, max_lr, search_budget, objective, search, monitor, mode, seed, proposals, stop_early
+        )
+        self._run: LRRun | None = None
+        self._saved: dict[str, Any] | None = None
+        self._position = DataPosition()
+        self._decisions: list[Decision] = []
+        self._lr: float | None = None
+        self._trial_steps = 0
+
+    # ------------------------------------------------------------------ what a user reads
+
+    @property
+    def lr(self) -> float | None:
+        """The first group's rate in the last update; None before the first."""
+        return self._lr
+
+    @property
+    def trial_steps(self) -> int:
+        """Optimizer steps spent in trials so far."""
+        return self._trial_steps if self._run is None else self._run.trial_steps
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Every decision so far, those of a resumed run's first part included."""
+        return list(self._decisions if self._run is None else self._run.decisions)
+
+    def request_search(self, reason: str) -> None:
+        """Asks for a search before the next update, the budget permitting (a grown batch does)."""
+        if self._run is not None:
+            self._run.request_search(reason)
+
+    def rescale(self, factor: float) -> None:
+        """Multiplies the rate from the next update on (a grown batch does)."""
+        if self._run is not None:
+            self._run.rescale(factor)
+
+    # ------------------------------------------------------------------ the fit
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses what cannot be served, and starts to watch the data's position."""
+        if stage == "fit":
+            refuse_unsupported(trainer, self)
+            self._position = DataPosition()
+            self._position.attach(trainer)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Looks at the optimizer."""
+        refuse_optimizers(trainer, self)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Plans the run, or takes up a resumed one."""
+        saved, self._saved = self._saved, None
+        log = RunLog.of(trainer)
+        if saved is not None:
+            self._decisions = [Decision.from_dict(record) for record in saved["decisions"]]
+            log.restore(self._decisions)
+            self._position.restore(trainer, saved["position"])
+        else:
+            self._decisions, self._lr, self._trial_steps = [], None, 0
+        path = log.open()
+        self._run = LRRun(self.settings, trainer, pl_module, None if saved is None else saved["run"], self._decisions)
+        if saved is None:
+            self._run.record("setup", "begin", self._run.plan.describe(), numbers=self._opening(trainer))
+        else:
+            self._lr = saved["lr"]
+        if path is not None:
+            inform(f"decisions go to {path}")
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Remembers where the epoch's order comes from."""
+        self._position.epoch_start(trainer)
+        if self._run is not None:
+            self._run.epoch_started()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before an update: whatever is due, then the rate."""
+        if self._run is not None and window_start(trainer, batch_idx):
+            self._run.before_update()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After an update: its loss and rate."""
+        if self._run is None or not window_end(trainer):
+            return
+        self._run.after_update(training_loss(outputs))
+        self._lr = self._run.driver.last
+        if logs_now(trainer):
+            RunLog.of(trainer).scalars(self._run.scalars())
+            show_on_bar(trainer, {"lr": self._lr})
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """With early stopping half out of patience, the stage ends now: a plateau calls for a lower rate."""
+        if self._run is not None and not trainer.sanity_checking and early_stopping_waits(trainer):
+            self._run.plateau()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Judges the last stage and sums up."""
+        if self._run is not None:
+            self._run.finish()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Lets go of optimizer, loader and log."""
+        if stage == "fit":
+            self._release(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """As at the end: hooks come off, what was decided stays readable."""
+        self._release(trainer)
+
+    def _release(self, trainer: Any) -> None:
+        self._position.detach(trainer)
+        if self._run is not None:
+            self._decisions, self._trial_steps = self._run.decisions, self._run.trial_steps
+            self._run.driver.remove()
+            self._run = None
+        RunLog.end(trainer)
+
+    def _opening(self, trainer: Any) -> dict[str, Any]:
+        assert self._run is not None
+        run, plan = self._run, self._run.plan
+        return {
+            "controller": "AutoLRS",
+            **self.settings.to_dict(),
+            "horizon": plan.state_dict(),
+            "optimizer": type(trainer.optimizers[0]).__name__,
+            "lr_ratios": list(run.driver.ratios),
+            "scheduler": run.driver.scheduled,
+            "shape": {"form": "linear" if plan.shape.decay else "hold", "warmup": plan.shape.warmup},
+            "versions": versions(),
+        }
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as primitives and tensors."""
+        if self._run is None:
+            return {}
+        return {
+            "version": _STATE_VERSION,
+            "settings": self.settings.to_dict(),
+            "decisions": [decision.to_dict() for decision in self._run.decisions],
+            "run": self._run.state_dict(),
+            "lr": self._lr,
+            "position": self._position.state_dict(self._run.trainer),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a saved state when training starts.
+
+        Raises:
+            StateError: The state is another version's, or of other settings.
+        """
+        if not state_dict:
+            return
+        if state_dict.get("version") != _STATE_VERSION:
+            raise StateError(
+                f"the checkpoint holds AutoLRS state of version {state_dict.get('version')!r}, this is version "
+                f"{_STATE_VERSION}: resume with the version of lightning-autotune that wrote it, or start a new fit"
+            )
+        ours, theirs = self.settings.to_dict(), state_dict["settings"]
+        different = [name for name in ours if ours[name] != theirs.get(name)]
+        if different:
+            said = ", ".join(f"{name}={ours[name]!r} (the checkpoint has {theirs.get(name)!r})" for name in different)
+            raise StateError(
+                f"AutoLRS was resumed with other settings: {said}; use the checkpoint's, or start a new fit"
+            )
+        self._saved = state_dict

@@ -1,0 +1,165 @@
+"""Real data that every machine has: no download, the same tensors on every call.
+
+Each source returns ``(train, validation)``, two :class:`TensorBatches`. Sizes are examples, not batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Batch = tuple[Tensor, Tensor]
+
+
+class TensorBatches(Dataset[Any]):
+    """Pairs of tensors that are fetched a whole batch at a time.
+
+    ``DataLoader`` calls ``__getitems__`` with all the indices of a batch, so that a batch costs one gather and
+    not one Python call an example; pass :func:`as_is` as its ``collate_fn``.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.inputs[index], self.targets[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        rows = torch.as_tensor(indices)
+        return self.inputs[rows], self.targets[rows]
+
+
+class ByteWindows(TensorBatches):
+    """Windows of ``context`` bytes and the same windows one byte later, cut from one long text."""
+
+    def __init__(self, text: Tensor, context: int) -> None:
+        starts = torch.arange(0, len(text) - context - 1, context)
+        rows = text.unfold(0, context + 1, 1)[starts]
+        super().__init__(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+
+def as_is(batch: Any) -> Any:
+    """Collate function for data sets that already return batches."""
+    return batch
+
+
+def _pair(inputs: Any, targets: Any, train: int) -> tuple[TensorBatches, TensorBatches]:
+    x = torch.as_tensor(np.asarray(inputs), dtype=torch.float32)
+    y = torch.as_tensor(np.asarray(targets))
+    y = y.float() if y.is_floating_point() else y.long()
+    return TensorBatches(x[:train], y[:train]), TensorBatches(x[train:], y[train:])
+
+
+@functools.cache
+def stdlib_bytes(context: int = 64, limit: int = 1_500_000, part: str = "[!t]*") -> tuple[ByteWindows, ByteWindows]:
+    """The standard library's top-level modules as ASCII bytes; every tenth file is kept for validation.
+
+    Args:
+        context: bytes in a window.
+        limit: bytes of training text (validation gets at most 64 KiB).
+        part: glob over file stems; two disjoint globs make a source and a target for fine-tuning.
+    """
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob(f"{part}.py"))
+    texts: list[list[bytes]] = [[], []]
+    for i, file in enumerate(files):
+        texts[i % 10 == 5].append(file.read_bytes())
+    cut = []
+    for text, size in zip(texts, (limit, 65_536), strict=True):
+        raw = np.frombuffer(b"\n".join(text)[:size], dtype=np.uint8)
+        cut.append(torch.from_numpy(np.where(raw < 128, raw, 63).astype(np.int64)))
+    return ByteWindows(cut[0], context), ByteWindows(cut[1], context)
+
+
+@functools.cache
+def mnist1d(
+    flip: float = 0.0, train: int = 4000, seed: int = 42, size: int = 5000, mirror: bool = False
+) -> tuple[TensorBatches, TensorBatches]:
+    """MNIST-1D (Greydanus and Kobak 2020): 40 samples a signal, 10 classes; ``flip`` labels replaced at random.
+
+    ``mirror`` turns the signals round in time and upside down: a neighbouring task to fine-tune on.
+    """
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    args = get_dataset_args()
+    args.seed, args.num_samples, args.train_split = seed, size, 0.8
+    # The package seeds numpy's global generator: give it back as it was.
+    state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    made = make_dataset(args)
+    np.random.set_state(state[0])  # noqa: NPY002
+    torch.set_rng_state(state[1])
+    x, y = np.concatenate([made["x"], made["x_test"]]), np.concatenate([made["y"], made["y_test"]])
+    rng = np.random.default_rng(0)
+    y = np.where(rng.random(len(y)) < flip, rng.integers(0, 10, len(y)), y)
+    x = -x[:, ::-1] if mirror else x
+    held_out = size // 5
+    x = np.concatenate([x[:train], x[-held_out:]])
+    y = np.concatenate([y[:train], y[-held_out:]])
+    return _pair(x, y, train)
+
+
+@functools.cache
+def digits(train: int = 1297, flip: float = 0.0, reconstruct: bool = False) -> tuple[TensorBatches, TensorBatches]:
+    """scikit-learn's 8x8 digits in [0, 1]; 500 held out. ``reconstruct`` makes the image its own target."""
+    from sklearn.datasets import load_digits
+
+    rng = np.random.default_rng(0)
+    found = load_digits()
+    order = rng.permutation(len(found.target))
+    x, y = found.data[order] / 16.0, found.target[order]
+    y = np.where(rng.random(len(y)) < flip, rng.integers(0, 10, len(y)), y)
+    x, y = np.concatenate([x[:train], x[-500:]]), np.concatenate([y[:train], y[-500:]])
+    return _pair(x, x.astype(np.float32) if reconstruct else y, train)
+
+
+@functools.cache
+def friedman(train: int = 2000, noise: float = 1.0, kind: int = 1) -> tuple[TensorBatches, TensorBatches]:
+    """Friedman's regression number ``kind`` (1 or 2), inputs and target standardised; 1000 held out."""
+    from sklearn.datasets import make_friedman1, make_friedman2
+
+    total = train + 1000
+    if kind == 1:
+        x, y = make_friedman1(total, noise=noise, random_state=0)
+    else:
+        x, y = make_friedman2(total, noise=noise, random_state=0)
+    x, y = (x - x[:train].mean(0)) / x[:train].std(0), (y - y[:train].mean()) / y[:train].std()
+    return _pair(x, y.astype(np.float32)[:, None], train)
+
+
+@functools.cache
+def parity(
+    bits: int = 24, relevant: int = 3, train: int = 8000, flip: float = 0.1
+) -> tuple[TensorBatches, TensorBatches]:
+    """Sparse parity: the label is the parity of ``relevant`` hidden bits; ``flip`` keeps the best loss off zero."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2, (train + 1000, bits))
+    y = x[:, :relevant].sum(1) % 2
+    y = np.where(rng.random(len(y)) < flip, 1 - y, y)
+    return _pair(2.0 * x - 1.0, y.astype(np.int64), train)
+
+
+@functools.cache
+def pixels(index: int = 0, noise: float = 0.05) -> tuple[TensorBatches, TensorBatches]:
+    """Coordinates to grey value over a strip of ten digits: few noisy points, a model that overfits them."""
+    from sklearn.datasets import load_digits
+
+    rng = np.random.default_rng(index)
+    strip = np.concatenate(list(load_digits().images[10 * index : 10 * index + 10] / 16.0), axis=1)
+    rows, columns = np.meshgrid(np.linspace(-1, 1, 8), np.linspace(-4, 4, 80), indexing="ij")
+    x = np.stack([rows.ravel(), columns.ravel()], 1)
+    y = strip.ravel() + noise * rng.standard_normal(strip.size)
+    order = rng.permutation(len(y))
+    return _pair(x[order], y[order, None].astype(np.float32), 448)
+
+
+SOURCES = {f.__name__: f for f in (stdlib_bytes, mnist1d, digits, friedman, parity, pixels)}

@@ -1,0 +1,175 @@
+"""What watching costs: the same training loop bare and with GradientNoiseMonitor, alternated within one run.
+
+    python examples/benchmark/noise_overhead.py            # three models on the CPU, a minute or two
+    python examples/benchmark/noise_overhead.py --sizes    # per-example cost from 1M to 100M parameters
+
+A *measured* update is timed against a bare one; the overhead at an interval of n updates is the difference over n.
+Medians over updates, bare and measured ones taking turns, so that a slow stretch of the machine hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autotune.noise.microbatch import ChunkMeter
+from autotune.noise.parameters import ParameterSet
+from autotune.noise.per_example import PerExampleMeter
+from autotune.noise.smoothing import NoiseSmoother
+
+#: The monitor's default interval, in updates.
+EVERY = 20
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+class Block(nn.Module):
+    """A transformer block made of layers that fire their hooks."""
+
+    def __init__(self, width, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        n, t, d = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, d)
+        x = x + self.out(mixed)
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+def mlp(width=512, depth=3):
+    layers = [nn.Linear(64, width), nn.ReLU()]
+    for _ in range(depth - 1):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 10)), lambda n: torch.randn(n, 64)
+
+
+def cnn(width=32):
+    def stage(i, o):
+        return [nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(4, o), nn.ReLU(), nn.MaxPool2d(2)]
+
+    return (
+        nn.Sequential(
+            *stage(3, width),
+            *stage(width, 2 * width),
+            *stage(2 * width, 4 * width),
+            nn.Flatten(),
+            nn.Linear(64 * width, 10),
+        ),
+        lambda n: torch.randn(n, 3, 32, 32),
+    )
+
+
+def transformer(width=128, depth=2, length=64):
+    blocks = [Block(width) for _ in range(depth)]
+    return nn.Sequential(nn.Embedding(256, width), *blocks, Mean(), nn.Linear(width, 10)), lambda n: torch.randint(
+        256, (n, length)
+    )
+
+
+class Loop:
+    """A bare accumulation loop, with or without a measurement in it."""
+
+    def __init__(self, build, batch, accumulate, device):
+        self.model, self.draw = build()
+        self.model.to(device)
+        self.device, self.batch, self.accumulate = device, batch, accumulate
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        parameters = ParameterSet.of(self.model)
+        self.meters = {"microbatch": ChunkMeter(parameters), "per_example": PerExampleMeter(self.model, parameters)}
+        self.smoother = NoiseSmoother()
+        self.state = self.smoother.init()
+        self.inputs = [self.draw(batch).to(device) for _ in range(accumulate)]
+        self.labels = torch.randint(10, (batch,), device=device)
+
+    def update(self, source):
+        start = time.perf_counter()
+        meter = self.meters.get(source)
+        self.optimizer.zero_grad()
+        if meter is not None:
+            meter.begin()
+        for inputs in self.inputs:
+            if source == "per_example":
+                meter.attach()
+            loss = F.cross_entropy(self.model(inputs), self.labels) / self.accumulate
+            if source == "microbatch":
+                meter.listen()
+            elif source == "per_example":
+                meter.arm(self.batch, loss)
+            loss.backward()
+            if source == "microbatch":
+                meter.end_chunk(self.batch, self.accumulate)
+            elif source == "per_example":
+                meter.end_chunk(self.batch * self.accumulate)
+        if meter is not None:
+            self.state = self.smoother.step(self.state, meter.close())
+        self.optimizer.step()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def compare(build, batch, accumulate, source, device, rounds):
+    loop = Loop(build, batch, accumulate, device)
+    for kind in (None, source) * 3:
+        loop.update(kind)
+    bare, measured = [], []
+    for index in range(rounds):
+        order = ((None, bare), (source, measured)) if index % 2 else ((source, measured), (None, bare))
+        for kind, times in order:
+            times.append(loop.update(kind))
+    numbers = sum(p.numel() for p in loop.model.parameters())
+    base, extra = statistics.median(bare), statistics.median(measured)
+    share = (extra / base - 1) / EVERY
+    print(
+        f"{numbers / 1e6:7.1f}M  {source:12s} batch {accumulate} x {batch:3d}  bare {base * 1e3:8.2f} ms  "
+        f"measured {extra * 1e3:8.2f} ms  every {EVERY}: {share:+.2%}",
+        flush=True,
+    )
+    return share
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", action="store_true", help="grow an MLP and a transformer from 1M to 100M parameters")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    for name, build in {"MLP": mlp, "CNN": cnn, "transformer": transformer}.items():
+        print(name)
+        compare(build, 32, 4, "microbatch", args.device, args.rounds)
+        compare(build, 128, 1, "per_example", args.device, args.rounds)
+    if args.sizes:
+        for width in (512, 1600, 5000):
+            print(f"MLP of width {width}")
+            for accumulate, source in ((4, "microbatch"), (1, "per_example")):
+                compare(
+                    lambda w=width: mlp(w, 5),
+                    128 // accumulate,
+                    accumulate,
+                    source,
+                    args.device,
+                    max(args.rounds // 6, 3),
+                )
+        for width, depth in ((128, 5), (384, 6), (768, 14)):
+            print(f"transformer of width {width}, {depth} blocks")
+            for accumulate, source in ((2, "microbatch"), (1, "per_example")):
+                build = lambda w=width, d=depth: transformer(w, d)  # noqa: E731
+                compare(build, 16 // accumulate, accumulate, source, args.device, max(args.rounds // 10, 3))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Turns the results folder into a table (Markdown) and one figure per workload.
+
+    python examples/benchmark/report.py --seeds 0 1            # prints the table, writes results/figures/*.png
+
+``ratio`` is a method's mean final validation loss over the lowest mean of any sweep configuration, both over the seeds
+given; only configurations that have every seed count. A sweep's own price stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from run import RESULTS
+from workloads import SUITE
+
+Runs = dict[str, dict[int, dict[str, Any]]]  # method -> seed -> result
+WORST = 10.0  # a ratio is cut here, so that one diverged run does not decide a geometric mean alone
+
+
+def load(folder: Path, scale: str, seeds: list[int]) -> dict[str, Runs]:
+    """Results of the present definitions, by workload, method and seed."""
+    found: dict[str, Runs] = {}
+    for workload in (w.scaled(scale) for w in SUITE.values()):
+        runs: Runs = defaultdict(dict)
+        for file in sorted((folder / f"{workload.name}-{workload.key()}").glob("*.json")):
+            result = json.loads(file.read_text())
+            if result["seed"] in seeds:
+                runs[result["method"]][result["seed"]] = result
+        if runs:
+            found[workload.name] = dict(runs)
+    return found
+
+
+def loss_of(result: dict[str, Any]) -> float:
+    """Final loss; a run that crashed or diverged counts as infinite."""
+    loss = result["loss"]
+    return math.inf if loss is None or not math.isfinite(loss) else float(loss)
+
+
+def means(runs: Runs, seeds: list[int], prefix: str = "") -> dict[str, float]:
+    """Mean loss of every method that has all the seeds."""
+    return {
+        name: statistics.fmean(loss_of(by_seed[s]) for s in seeds)
+        for name, by_seed in runs.items()
+        if name.startswith(prefix) and all(s in by_seed for s in seeds)
+    }
+
+
+def best_of_sweep(runs: Runs, seeds: list[int]) -> tuple[str, float]:
+    """The configuration with the lowest mean.
+
+    Raises:
+        ValueError: No sweep configuration has all the seeds.
+    """
+    swept = means(runs, seeds, "sweep/")
+    if not swept:
+        raise ValueError("no sweep run has all the seeds: run.py --methods sweep (or linear) with the same --seeds")
+    name = min(swept, key=swept.__getitem__)
+    return name, swept[name]
+
+
+def ratio(loss: float, best: float) -> float:
+    """``loss`` over ``best``, cut at :data:`WORST`."""
+    return min(loss / best, WORST)
+
+
+def tuned_equivalent(runs: Runs, name: str, loss: float, seeds: list[int]) -> float:
+    """Share of T after which the best sweep run's curve (mean over seeds) first reached ``loss``; above 1: never.
+
+    A decayed run reaches its loss at its end, so this is an upper bound on what a shorter tuned run would need.
+    """
+    curves = [runs[name][s]["curve"] for s in seeds]
+    budget = runs[name][seeds[0]]["budget"]
+    for points in zip(*curves, strict=False):
+        if statistics.fmean(p[1] for p in points) <= loss:
+            return float(points[0][0] / budget)
+    return 1.0 if means(runs, seeds)[name] <= loss else math.inf
+
+
+def equivalents(found: dict[str, Runs], seeds: list[int]) -> list[str]:
+    """The tuned-equivalent of AutoLRS on every workload where it has all the seeds."""
+    said = []
+    for workload, runs in found.items():
+        loss = means(runs, seeds).get("autolrs")
+        if loss is not None:
+            said.append(f"{workload} {tuned_equivalent(runs, best_of_sweep(runs, seeds)[0], loss, seeds):.2f}")
+    return said
+
+
+def geometric(values: list[float]) -> float:
+    """Geometric mean."""
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def table(found: dict[str, Runs], seeds: list[int]) -> str:
+    """Methods down, workloads across, with geometric mean, worst ratio, cost, and pairs in which AutoLRS is better."""
+    names = sorted({m for runs in found.values() for m in runs if not m.startswith("sweep/")})
+    best = {w: best_of_sweep(runs, seeds) for w, runs in found.items()}
+    rows = [
+        ["method", *found, "geo. mean", "worst", "search / T", "AutoLRS better"],
+        ["best of sweep (loss)", *(f"{loss:.4g} ({name[6:]})" for name, loss in best.values()), "1", "1", "", ""],
+    ]
+    for name in names:
+        scores = {
+            w: ratio(means(runs, seeds)[name], best[w][1]) for w, runs in found.items() if name in means(runs, seeds)
+        }
+        if scores:
+            cells = [f"{scores[w]:.3f}" if w in scores else "" for w in found]
+            mean, worst = geometric(list(scores.values())), max(scores.values())
+            summary = [f"**{mean:.3f}**", f"{worst:.2f}", _cost(found, name), _beaten(found, name, seeds)]
+            rows.append([name, *cells, *summary])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def _cost(found: dict[str, Runs], name: str) -> str:
+    shares = [
+        (r["cost"] - r["updates"]) / r["budget"]
+        for runs in found.values() for r in runs.get(name, {}).values() if r["loss"] is not None
+    ]  # fmt: skip
+    return f"{statistics.fmean(shares):.1%} (max {max(shares):.1%})" if shares else ""
+
+
+def _beaten(found: dict[str, Runs], name: str, seeds: list[int]) -> str:
+    if name.startswith("autolrs"):
+        return ""
+    pairs = [
+        loss_of(runs["autolrs"][s]) < loss_of(runs[name][s])
+        for runs in found.values() for s in seeds
+        if s in runs.get("autolrs", {}) and s in runs.get(name, {})
+    ]  # fmt: skip
+    return f"{sum(pairs)} of {len(pairs)}" if pairs else ""
+
+
+def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
+    """Validation loss over total cost (mean and spread over seeds) and the learning rate over updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best, _ = best_of_sweep(runs, seeds)
+    shown = [best, *(m for m in sorted(runs) if m == "autolrs" or not m.startswith(("sweep/", "autolrs")))]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    for name in shown:
+        ours = [runs[name][s] for s in seeds if s in runs[name] and runs[name][s]["loss"] is not None]
+        if not ours:
+            continue
+        points = list(zip(*(r["curve"] for r in ours), strict=False))
+        cost = [statistics.fmean(p[0] for p in at) for at in points]
+        middle = [statistics.fmean(p[1] for p in at) for at in points]
+        style = {"linewidth": 2.5 if name in (best, "autolrs") else 1.0}
+        (line,) = left.plot(cost, middle, label=name, **style)
+        low, high = ([f(p[1] for p in at) for at in points] for f in (min, max))
+        left.fill_between(cost, low, high, alpha=0.15, color=line.get_color())
+        right.plot(*zip(*ours[0]["rates"], strict=True), color=line.get_color(), **style)
+    left.set(xlabel="total cost (optimizer steps, searching included)", ylabel="validation loss", title=workload)
+    ceiling = max(p[1] for r in runs[best].values() for p in r["curve"])
+    floor = min(p[1] for r in runs[best].values() for p in r["curve"])
+    left.set_ylim(floor - 0.05 * (ceiling - floor), ceiling + 0.2 * (ceiling - floor))
+    right.set(xlabel="real updates", ylabel="learning rate of the first group", yscale="log", title="learning rate")
+    left.legend(fontsize=7)
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{workload}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--scale", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--no-figures", action="store_true")
+    options = parser.parse_args()
+    found = load(options.results, options.scale, options.seeds)
+    if not found:
+        raise SystemExit(f"no results of the present workloads in {options.results}: run run.py first")
+    text = table(found, options.seeds)
+    origins = sorted({tuple(r["origin"].values()) for runs in found.values() for by in runs.values()
+                      for r in by.values() if "origin" in r})  # fmt: skip
+    text += "\n\n" + "\n".join(" · ".join(origin) for origin in origins)
+    text += "\n\ntuned-equivalent of AutoLRS (share of T at which the best tuned run reached its loss): "
+    text += ", ".join(equivalents(found, options.seeds))
+    (options.results / f"table-{options.scale}.md").write_text(text + "\n")
+    print(text)
+    if not options.no_figures:
+        for workload, runs in found.items():
+            print(draw(workload, runs, options.seeds, options.results / "figures"))
+
+
+if __name__ == "__main__":
+    main()

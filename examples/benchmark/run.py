@@ -1,0 +1,190 @@
+"""Runs the benchmark, two workers, and can be stopped and started again at any time.
+
+    python examples/benchmark/run.py                              # all that is missing, developing seeds 0 and 1
+    python examples/benchmark/run.py --seeds 10 11 12 13 14 --methods autolrs sweep
+    python examples/benchmark/run.py --workloads parity --scale gpu
+
+Every result is one JSON file whose folder carries the hash of the workload's definition: a changed workload is run
+again, everything else is kept. ``report.py`` reads the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from rivals import POLICIES, RIVALS, SHAPES, Fit, bare_trainer, method  # noqa: E402
+from workloads import SUITE, Task, Workload  # noqa: E402
+
+RESULTS = HERE / "results"
+POINTS = 25  # measurements along a run's curve; they are the benchmark's own and cost the method nothing
+
+
+def validation_loss(task: Task, batches: list[Any], optimizer: Any = None) -> float:
+    """Mean loss over the whole validation set in evaluation mode; NaN-safe, leaves RNG and modes as they were."""
+    averaged = hasattr(optimizer, "train") and hasattr(optimizer, "eval")  # schedule-free keeps two sets of weights
+    total = count = 0.0
+    state = torch.get_rng_state()
+    task.eval()
+    if averaged:
+        optimizer.eval()
+    with torch.no_grad():
+        for batch in batches:
+            batch = tuple(part.to(task.device) for part in batch)
+            total += float(task.loss(batch)) * len(batch[0])
+            count += len(batch[0])
+    if averaged:
+        optimizer.train()
+    task.train()
+    torch.set_rng_state(state)
+    return total / count
+
+
+class Recorder(L.Callback):
+    """Validation loss over total cost and the rate over updates; reads only."""
+
+    def __init__(self, fit: Fit, batches: list[Any]) -> None:
+        self.fit, self.batches = fit, batches
+        self.every = max(1, fit.updates // POINTS)
+        self.curve: list[list[float]] = []
+        self.rates: list[list[float]] = []
+
+    def cost(self, updates: int) -> float:
+        """Steps paid so far, searches included."""
+        controller = self.fit.controller
+        if controller is None:
+            return updates + self.fit.spent * (updates / self.fit.updates)
+        return updates + sum(d.cost_steps for d in controller.decisions if d.kind != "rollback")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        optimizer = _inner(trainer)
+        if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+            optimizer.train()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step % self.every == 0 or step == 1:
+            loss = validation_loss(pl_module, self.batches, _inner(trainer))
+            self.curve.append([self.cost(step), loss])
+            self.rates.append([step, trainer.optimizers[0].param_groups[0]["lr"]])
+
+
+def _inner(trainer: Any) -> Any:
+    optimizer = trainer.optimizers[0]
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def run_one(name: str, workload: Workload, seed: int) -> dict[str, Any]:
+    """Trains once and returns everything the report needs, as JSON types."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    L.seed_everything(seed, verbose=False)
+    began = time.perf_counter()
+    fit = method(name, workload)(workload, seed)
+    batches = list(workload.val_loader())
+    recorder = Recorder(fit, batches)
+    trainer = bare_trainer(workload, fit.updates, [*fit.callbacks, recorder])
+    trainer.fit(fit.task, workload.train_loader(seed), workload.val_loader())
+    loss = validation_loss(fit.task, batches, _inner(trainer))
+    controller = fit.controller
+    cost = recorder.cost(trainer.global_step)
+    return {
+        "workload": workload.name, "key": workload.key(), "method": name, "seed": seed, "loss": loss,
+        "budget": workload.steps, "updates": trainer.global_step, "cost": cost,
+        "curve": recorder.curve, "rates": recorder.rates, "seconds": time.perf_counter() - began,
+        "decisions": [] if controller is None else [d.to_dict() for d in controller.decisions],
+        "trial_steps": 0 if controller is None else controller.trial_steps,
+        "origin": origin(),
+    }  # fmt: skip
+
+
+def origin() -> dict[str, str]:
+    """Commit, machine kind and versions: what a figure needs to be believed."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "commit": found.stdout.strip() or "unknown",
+        "machine": f"{device}, {os.cpu_count()} cores",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}",
+    }
+
+
+def path_of(folder: Path, workload: Workload, name: str, seed: int) -> Path:
+    """Where a result lies."""
+    return folder / f"{workload.name}-{workload.key()}" / f"{name.replace('/', '-')}-s{seed}.json"
+
+
+def job(name: str, workload: Workload, seed: int, folder: Path) -> str:
+    """One run in a worker: its result, or why there is none, goes to disk whole or not at all."""
+    target = path_of(folder, workload, name, seed)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = run_one(name, workload, seed)
+    except Exception as error:
+        # A rival that crashes (a finder on a loss that is not finite, say) has lost, and the table says why.
+        result = {"workload": workload.name, "method": name, "seed": seed, "loss": None, "error": repr(error)[:500]}
+    draft = target.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(result))
+    draft.replace(target)
+    return f"{workload.name} {name} s{seed}: {result['loss']}"
+
+
+def wanted(names: list[str]) -> list[str]:
+    """Method names: ``sweep`` stands for 7 rates times 3 shapes, ``rivals`` and ``policies`` for all of a kind."""
+    groups = {
+        "sweep": [f"sweep/{form}/{i}" for form in SHAPES for i in range(7)],
+        "linear": [f"sweep/linear/{i}" for i in range(7)],
+        "rivals": list(RIVALS),
+        "policies": list(POLICIES),
+    }
+    return [one for name in names for one in groups.get(name, [name])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="*", default=list(SUITE), choices=list(SUITE))
+    parser.add_argument("--methods", nargs="*", default=["sweep", "rivals", "policies"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--scale", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    loads = [SUITE[name].scaled(options.scale) for name in options.workloads]
+    jobs = [
+        (name, load, seed) for seed in options.seeds for load in loads for name in wanted(options.methods)
+        if not path_of(options.results, load, name, seed).exists()
+    ]  # fmt: skip
+    random.Random(0).shuffle(jobs)  # so that an interrupted night has a bit of everything
+    _work(jobs, options.results, options.workers)
+
+
+def _work(jobs: list[tuple[str, Workload, int]], folder: Path, workers: int) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar, ProcessPoolExecutor(workers) as pool:
+        shown = bar.add_task("benchmark", total=len(jobs))
+        running = {pool.submit(job, *one, folder) for one in jobs}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                bar.update(shown, advance=1, description=future.result()[:60])
+
+
+if __name__ == "__main__":
+    main()

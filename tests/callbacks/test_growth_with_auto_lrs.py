@@ -1,0 +1,117 @@
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from autotune.callbacks import AdaptiveBatchSize, AutoLRS
+from autotune.decision import read_decisions
+from tests.batch.toys import QUIET
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch"),
+]
+
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+        self.sizes, self.rates, self.seen, self.losses = [], [], [], []
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.callbacks and any(isinstance(c, AutoLRS) for c in self.trainer.callbacks):
+            self.sizes.append(len(batch[0]))
+            self.seen += batch[2].tolist()
+            self.rates.append(self.optimizers().param_groups[0]["lr"])
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        if len(self.losses) < len(self.sizes):
+            self.losses.append(float(loss.detach()))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+def loaders(n=1200):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 8, generator=generator)
+    y = (x[:, :3] + 1.5 * torch.randn(n, 3, generator=generator)).argmax(1)
+    data = TensorDataset(x, y, torch.arange(n))
+    return DataLoader(data, 8, shuffle=True), DataLoader(TensorDataset(x[:200], y[:200], torch.arange(200)), 200)
+
+
+def run(path, *callbacks, ckpt=None, model=None, **kwargs):
+    model = model or Net()
+    options = {**QUIET, "max_epochs": 4, "default_root_dir": path, "num_sanity_val_steps": 0, **kwargs}
+    trainer = L.Trainer(callbacks=list(callbacks), **options)
+    L.seed_everything(1, verbose=False)
+    train, val = loaders()
+    trainer.fit(model, train, val, ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return trainer, model
+
+
+@pytest.mark.parametrize("first", ["lrs", pytest.param("batch", marks=pytest.mark.slow)])
+def test_one_story(tmp_path, first):
+    """Growth, the rate at once, a search at four times the batch, a decay that ends with the examples; one log."""
+    lrs = AutoLRS(search_budget=0.3)
+    batch = AdaptiveBatchSize(max_batch_size=64, every_n_steps=4, rest_updates=16, lr_scaling="sqrt")
+    order = (lrs, batch) if first == "lrs" else (batch, lrs)
+    _, model = run(tmp_path, *order)
+    assert batch.batch_size >= 32
+    for epoch in range(4):
+        assert sorted(model.seen[1200 * epoch : 1200 * epoch + 1200]) == list(range(1200))
+    grown = [d for d in batch.decisions if d.action == "grow"]
+    for decision in grown:
+        step = decision.effective_step
+        assert model.sizes[step] == decision.numbers["batch"] > model.sizes[step - 1]
+        searched = any(d.kind == "search" and d.step == step for d in lrs.decisions)
+        rolled = any(d.kind in ("rollback", "search", "stage") and d.step == step for d in lrs.decisions)
+        if not (searched or rolled):
+            shape = model.rates[step] / model.rates[step - 1] / decision.numbers["lr_gain"]
+            assert shape == pytest.approx(1.0, abs=0.1)
+    asked = [d for d in lrs.decisions if "batch has grown" in d.reason or "batch has grown" in str(d.numbers)]
+    assert asked
+    # The shape's last update is at (nearly) zero, though there are far fewer updates than were planned.
+    assert model.rates[-1] < 0.05 * max(model.rates)
+    log = read_decisions(tmp_path)
+    assert len(log) == len(lrs.decisions) + len(batch.decisions)
+    assert {d.kind for d in log} >= {"setup", "search", "batch", "stage", "finish"}
+    assert [d.step for d in log] == sorted(d.step for d in log)
+
+
+class Save(L.Callback):
+    def __init__(self, path, batches):
+        self.path, self.batches, self.count = path, batches, 0
+
+    def on_train_batch_end(self, trainer, *_):
+        self.count += 1
+        if self.count == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [40, 120])
+def test_resuming_both_is_exact(tmp_path, at):
+    def pair():
+        return (
+            AutoLRS(search_budget=0.3),
+            AdaptiveBatchSize(max_batch_size=64, every_n_steps=4, rest_updates=16),
+        )
+
+    _, whole = run(tmp_path / "a", *pair(), Save(tmp_path / "mid.ckpt", at))
+    _, resumed = run(tmp_path / "b", *pair(), ckpt=tmp_path / "mid.ckpt")
+    assert resumed.sizes == whole.sizes[at:]
+    assert resumed.seen == whole.seen[-len(resumed.seen) :]
+    assert resumed.rates == whole.rates[at:]
+    assert resumed.losses == whole.losses[at:]
+    mine = [d for d in read_decisions(tmp_path / "b") if d.kind == "batch"]
+    assert mine == [d for d in read_decisions(tmp_path / "a") if d.kind == "batch"]
+    assert mine

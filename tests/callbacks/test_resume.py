@@ -1,0 +1,194 @@
+"""A run resumed from a checkpoint goes on bit for bit: weights, rates, batches and decisions."""
+
+import lightning as L
+import pytest
+import torch
+from harness import Tiny, Witness, controller, loader, searches, trainer, val_loader
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from autotune.decision import read_decisions
+from autotune.errors import StateError
+
+EPOCH = 30
+BOUNDS = {"steps": {"max_steps": 120}, "epochs": {"max_epochs": 4}}
+LOADERS = {
+    "global generator": {},
+    "own generator": {"generator": 5},
+    "random items": {"noisy": True},
+    "workers": {"num_workers": 2, "noisy": True},
+    "workers, own generator": {"num_workers": 2, "generator": 5},
+}
+#: Which checkpoint of the first run is resumed: (update, which of the two callbacks wrote it).
+POINTS = {"first epoch": "step=13", "mid epoch": "step=52", "epoch end": "end=60", "after validation": "val=60"}
+
+pytestmark = pytest.mark.usefixtures("several_searches")
+
+
+class Run:
+    """One fit, its witness and its controller."""
+
+    def __init__(self, folder, seed=3, data=None, module=None, ckpt=None, callbacks=(), tuned=True, **settings):
+        L.seed_everything(seed, verbose=False)
+        self.folder = folder
+        self.witness = Witness()
+        self.callback = controller(min_lr=1e-4, max_lr=3e-2)
+        self.module = module or Tiny("batchnorm", "dropout", "random")
+        ours = [self.callback] if tuned else []
+        self.trainer = trainer(
+            folder, *ours, *callbacks, self.witness, enable_checkpointing=bool(callbacks), **settings
+        )
+        self.trainer.fit(self.module, loader(batch=8, **(data or {})), val_loader(), ckpt_path=ckpt)
+
+    @property
+    def decisions(self):
+        return [_timeless(decision) for decision in self.callback.decisions]
+
+
+def _timeless(decision):
+    record = decision.to_dict()
+    return {**record, "numbers": {key: value for key, value in record["numbers"].items() if "seconds" not in key}}
+
+
+def savers(folder):
+    """Checkpoints every 13 updates, at each epoch's end, and after each validation."""
+    common = {"dirpath": folder / "saved", "save_top_k": -1}
+    name = "{step}"
+    return [
+        ModelCheckpoint(every_n_train_steps=13, filename=name, **common),
+        ModelCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True, filename="end={step}",
+                        auto_insert_metric_name=False, **common),
+        ModelCheckpoint(monitor="val_loss", save_on_train_epoch_end=False, filename="val={step}",
+                        auto_insert_metric_name=False, **common),
+    ]  # fmt: skip
+
+
+def saved_run(folder, **kwargs):
+    return Run(folder, callbacks=savers(folder), **kwargs)
+
+
+def saved(folder, name):
+    return folder / "saved" / f"{name}.ckpt"
+
+
+def assert_continues(resumed, whole, update):
+    done = len(whole.witness.states) - len(resumed.witness.states)
+    assert done == update
+    assert resumed.witness.batches == whole.witness.batches[done:]
+    assert resumed.witness.lrs == whole.witness.lrs[done:]
+    for number, (ours, theirs) in enumerate(zip(resumed.witness.states, whole.witness.states[done:], strict=True)):
+        # What was logged since the epoch's start is not in Lightning's checkpoints.
+        different = [key for key in theirs if key != "metrics" and ours[key] != theirs[key]]
+        assert not different, f"batch {done + number}: {different}"
+    assert resumed.decisions == whole.decisions
+    assert resumed.callback.trial_steps == whole.callback.trial_steps
+    assert resumed.callback.lr == whole.callback.lr
+
+
+class TestExactResume:
+    @pytest.mark.parametrize("bound", BOUNDS)
+    @pytest.mark.parametrize("data", LOADERS)
+    def test_continues_bit_for_bit(self, tmp_path, data, bound):
+        whole = saved_run(tmp_path / "whole", data=LOADERS[data], **BOUNDS[bound])
+        assert len(searches(whole.callback)) >= 2
+        points = [name for name in POINTS if "workers" not in data or name in ("mid epoch", "epoch end")]
+        for name in points:
+            checkpoint = saved(tmp_path / "whole", POINTS[name])
+            folder = tmp_path / name
+            # Another seed: nothing may depend on how the second process begins.
+            resumed = Run(folder, seed=77, data=LOADERS[data], ckpt=checkpoint, **BOUNDS[bound])
+            assert_continues(resumed, whole, int(POINTS[name].partition("=")[2]))
+            assert [_timeless(one) for one in read_decisions(folder)] == whole.decisions
+
+    @pytest.mark.parametrize("module", ["accumulate", "lambda", "plateau", "groups", "no validation", "forecast due"])
+    def test_with(self, tmp_path, module):
+        make = {"groups": lambda: Tiny("groups"), "lambda": lambda: Tiny(scheduler="lambda"),
+                "plateau": lambda: Tiny(scheduler="plateau")}.get(module, Tiny)  # fmt: skip
+        settings = {"max_epochs": 4}
+        if module == "accumulate":
+            settings |= {"accumulate_grad_batches": 2, "max_epochs": 8}
+        if module == "no validation":
+            settings["limit_val_batches"] = 0
+        whole = saved_run(tmp_path, module=make(), **settings)
+        updates = {"accumulate": [52], "forecast due": [26, 39, 78, 104]}.get(module, [52])
+        for update in updates:
+            resumed = Run(tmp_path / str(update), seed=9, module=make(), ckpt=saved(tmp_path, f"step={update}"),
+                          **settings)  # fmt: skip
+            batches = update * settings.get("accumulate_grad_batches", 1)
+            done = len(whole.witness.states) - len(resumed.witness.states)
+            assert done == batches
+            assert [one["weights"] for one in resumed.witness.states] == [
+                one["weights"] for one in whole.witness.states[done:]
+            ]
+            assert resumed.witness.lrs == whole.witness.lrs[update:]
+            assert resumed.decisions == whole.decisions
+
+    def test_resumed_twice(self, tmp_path):
+        whole = saved_run(tmp_path, max_epochs=4)
+        once = Run(tmp_path / "once", seed=8, ckpt=saved(tmp_path, "step=13"), callbacks=savers(tmp_path / "once"),
+                   max_epochs=4)  # fmt: skip
+        assert_continues(once, whole, 13)
+        twice = Run(tmp_path / "twice", seed=9, ckpt=saved(tmp_path / "once", "step=52"), max_epochs=4)
+        assert_continues(twice, whole, 52)
+
+
+class TestCheckpointFile:
+    def test_holds_primitives_and_tensors_only(self, tmp_path):
+        saved_run(tmp_path, max_steps=40)
+        content = torch.load(saved(tmp_path, "step=39"), weights_only=True)
+        state = content["callbacks"]["AutoLRS"]
+        assert state["decisions"]
+        assert state["run"]["stage"]["index"] >= 1
+
+    def test_more_epochs_plan_the_rest_anew(self, tmp_path):
+        first = saved_run(tmp_path, max_epochs=2)
+        longer = Run(tmp_path / "longer", ckpt=saved(tmp_path, f"end={2 * EPOCH}"), max_epochs=4)
+        replanned = [one for one in longer.callback.decisions if one.action == "replan"]
+        assert [one.step for one in replanned] == [2 * EPOCH]
+        assert replanned[0].numbers["total"] == 4 * EPOCH * 8
+        assert longer.trainer.global_step == 4 * EPOCH
+        # Half of the run is left, so the rate is far from where the short run had decayed to.
+        assert longer.witness.lrs[0][0] > 5 * first.witness.lrs[-1][0]
+        assert longer.witness.lrs[-1][0] < longer.witness.lrs[0][0]
+
+    def test_other_settings_are_refused(self, tmp_path):
+        saved_run(tmp_path, max_steps=20)
+        for name, value in [("search_budget", 0.2), ("seed", 4), ("max_lr", 0.5)]:
+            other = controller(**{"min_lr": 1e-4, "max_lr": 3e-2, name: value})
+            fresh = trainer(tmp_path / name, other, max_steps=40)
+            module, checkpoint = Tiny("batchnorm"), saved(tmp_path, "step=13")
+            with pytest.raises(StateError, match=f"{name}={value}.*start a new fit"):
+                fresh.fit(module, loader(batch=8), val_loader(), ckpt_path=checkpoint)
+
+    def test_another_version_is_refused(self, tmp_path):
+        saved_run(tmp_path, max_steps=20)
+        content = torch.load(saved(tmp_path, "step=13"), weights_only=True)
+        content["callbacks"]["AutoLRS"]["version"] = 99
+        torch.save(content, tmp_path / "newer.ckpt")
+        with pytest.raises(StateError, match="version 99"):
+            Run(tmp_path / "b", ckpt=tmp_path / "newer.ckpt", max_steps=40)
+
+    def test_a_plain_checkpoint_starts_a_fresh_controller(self, tmp_path):
+        Run(tmp_path, tuned=False, callbacks=savers(tmp_path), max_steps=60)
+        resumed = Run(tmp_path / "b", ckpt=saved(tmp_path, "step=39"), max_steps=160)
+        assert resumed.callback.decisions[0].kind == "setup"
+        assert resumed.callback.decisions[0].step == 39
+        assert searches(resumed.callback)[0].step == 39
+        assert resumed.trainer.global_step == 160
+        assert resumed.witness.steps <= 121 + 0.5 * 160
+
+    def test_without_the_callback_the_checkpoint_is_plain(self, tmp_path):
+        saved_run(tmp_path, max_steps=40)
+        with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+            plain = Run(tmp_path / "b", ckpt=saved(tmp_path, "step=39"), tuned=False, max_steps=60)
+        assert plain.trainer.global_step == 60
+        assert plain.callback.decisions == []
+
+    def test_the_log_is_whole_and_holds_no_line_twice(self, tmp_path):
+        whole = saved_run(tmp_path, max_steps=120)
+        resumed = Run(tmp_path / "b", ckpt=saved(tmp_path, "step=52"), max_steps=120)
+        lines = (tmp_path / "b" / "decisions.jsonl").read_text().splitlines()
+        earlier = (tmp_path / "decisions.jsonl").read_text().splitlines()
+        before = sum(decision.step < 52 for decision in whole.callback.decisions)
+        assert lines[:before] == earlier[:before]
+        assert len(set(lines)) == len(lines)
+        assert read_decisions(tmp_path / "b") == resumed.callback.decisions

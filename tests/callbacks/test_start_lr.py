@@ -1,0 +1,58 @@
+"""The optimizer's own learning rate does not matter: it is never consulted, only the ratios of its groups."""
+
+import lightning as L
+import pytest
+from harness import Tiny, Witness, controller, loader, searches, trainer, val_loader
+
+from autotune.callbacks import AutoLRS
+
+
+def run(folder, lr, make_callback, *traits, optimizer="adamw", **settings):
+    L.seed_everything(5, verbose=False)
+    callback, witness = make_callback(), Witness()
+    runner = trainer(folder, callback, witness, **{"max_steps": 120, **settings})
+    runner.fit(Tiny("dropout", *traits, optimizer=optimizer, lr=lr), loader(batch=8), val_loader())
+    decisions = [
+        {**one.to_dict(), "numbers": {k: v for k, v in one.numbers.items() if "seconds" not in k}}
+        for one in callback.decisions
+    ]
+    return callback, witness, decisions
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("traits", [(), ("groups",)])
+@pytest.mark.usefixtures("several_searches")
+def test_same_decisions_and_same_weights(tmp_path, optimizer, traits):
+    runs = [
+        run(tmp_path / str(lr), lr, lambda: controller(min_lr=1e-4, max_lr=0.1), *traits, optimizer=optimizer)
+        for lr in (1e-6, 1e-3, 10.0)
+    ]
+    callback, witness, decisions = runs[0]
+    assert len(searches(callback)) >= 2
+    for _, other, other_decisions in runs[1:]:
+        assert other_decisions[1:] == decisions[1:]
+        ratios = [one[0]["numbers"]["lr_ratios"] for one in (decisions, other_decisions)]
+        assert ratios[0] == pytest.approx(ratios[1])
+        assert [one["weights"] for one in other.states] == [one["weights"] for one in witness.states]
+        assert [one["optimizer"] for one in other.states] == [one["optimizer"] for one in witness.states]
+
+
+def test_where_no_search_can_be_made(tmp_path):
+    runs = [run(tmp_path / str(lr), lr, AutoLRS, max_steps=4) for lr in (1e-6, 10.0)]
+    assert runs[0][2] == runs[1][2]
+    assert runs[0][1].lrs == runs[1][1].lrs
+
+
+def test_a_scheduler_makes_the_peak_irrelevant_but_keeps_its_form(tmp_path):
+    def scheduled(lr):
+        L.seed_everything(5, verbose=False)
+        callback, witness = AutoLRS(min_lr=1e-4, max_lr=0.1, search_budget=0.3), Witness()
+        runner = trainer(tmp_path / str(lr), callback, witness, max_steps=120)
+        runner.fit(Tiny(scheduler="lambda", lr=lr), loader(batch=8), val_loader())
+        return callback, [lrs[0] for lrs in witness.lrs]
+
+    (one, first), (two, second) = scheduled(1e-3), scheduled(1e-1)
+    assert [d.action for d in one.decisions] == [d.action for d in two.decisions]
+    assert first == pytest.approx(second, rel=1e-6)
+    begin = first[: [d.step for d in one.decisions if d.kind == "search"][-1] + 1]
+    assert begin == pytest.approx([begin[0] / (1.0 + 0.02 * step) for step in range(len(begin))], rel=1e-6)

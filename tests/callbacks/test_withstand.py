@@ -1,0 +1,371 @@
+"""What a run may bring along: odd losses, odd data, other callbacks, short runs, interruptions."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+from autotune.callbacks import AutoLRS
+from autotune.decision import read_decisions
+
+pytestmark = pytest.mark.usefixtures("several_searches")
+
+
+def fit(folder, module=None, train=None, val=True, callback=None, callbacks=(), **settings):
+    """Trains and returns controller, trainer and witness; the weights must come out finite."""
+    L.seed_everything(3, verbose=False)
+    callback = callback or controller(min_lr=1e-4, max_lr=3e-2)
+    module, witness = module or Tiny(), Witness()
+    witness.observe(module)
+    validation = val_loader() if val is True else val or None
+    runner = trainer(folder, callback, *callbacks, witness, **{"max_steps": 60, **settings})
+    runner.fit(module, loader(batch=8) if train is None else train, validation)
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    return callback, runner, witness
+
+
+class TestLosses:
+    def test_nan_before_the_first_step(self, tmp_path):
+        class Broken(Tiny):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) * math.nan
+
+            def validation_step(self, batch, batch_idx):
+                self.log("val_loss", torch.tensor(math.nan))
+
+        L.seed_everything(3, verbose=False)
+        callback = controller()
+        trainer(tmp_path, callback, max_steps=30).fit(Broken(), loader(batch=8), val_loader())
+        first = next(one for one in callback.decisions if one.kind == "search")
+        assert first.numbers["lr"] == 1e-3
+        assert "nan" in first.reason
+        assert "usual rate for AdamW" in first.reason
+        assert read_decisions(tmp_path) == callback.decisions or "nan" in repr(callback.decisions)
+
+    @pytest.mark.parametrize("every", [1, 3])
+    def test_now_and_then_nan(self, tmp_path, every):
+        class Sometimes(Tiny):
+            def training_step(self, batch, batch_idx):
+                loss = super().training_step(batch, batch_idx)
+                return None if batch_idx % 10 == every else loss
+
+        _, runner, witness = fit(tmp_path, Sometimes(), max_epochs=2, max_steps=-1)
+        assert len(witness.batches) == 60
+        assert runner.current_epoch == 2
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_exploding_candidates(self, tmp_path, optimizer):
+        class Cubic(Tiny):
+            def forward(self, x):
+                return (3.0 * super().forward(x)) ** 3
+
+        callback, _, _ = fit(tmp_path, Cubic(optimizer=optimizer), callback=controller(max_lr=1e4), max_steps=120)
+        tried = [one for decision in searches(callback) for one in decision.numbers["candidates"]]
+        assert any(one["lr"] > 10.0 for one in tried)
+        assert any(one["status"] != "finished" for one in tried)
+        assert callback.lr < 10.0
+
+    def test_maximised_metric(self, tmp_path):
+        class Scored(Tiny):
+            def validation_step(self, batch, batch_idx):
+                self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+        callback = controller(monitor="val_acc", mode="max", min_lr=1e-4, max_lr=3e-2)
+        fit(tmp_path, Scored(), callback=callback, max_steps=120)
+        trials = [one for one in searches(callback)[0].numbers["candidates"]]
+        assert all(-1.0 <= one["loss"] <= 0.0 for one in trials if one["status"] == "finished")
+
+
+class TestModules:
+    @pytest.mark.parametrize("traits", [("frozen",), ("tensor_lr",), ("groups",), ("groups", "tensor_lr")])
+    def test_optimizers(self, tmp_path, traits):
+        _, _, witness = fit(tmp_path, Tiny(*traits))
+        if "groups" in traits:
+            assert all(head == pytest.approx(0.125 * body, rel=1e-5) for body, head in witness.lrs)
+
+    def test_frozen_parameters_stay(self, tmp_path):
+        module = Tiny("frozen")
+        before = module.body[0].weight.clone()
+        fit(tmp_path, module)
+        assert torch.equal(module.body[0].weight, before)
+
+    def test_activation_checkpointing(self, tmp_path):
+        class Checkpointed(Tiny):
+            def forward(self, x):
+                return self.head(checkpoint(self.body, x.requires_grad_(), use_reentrant=False))
+
+        assert searches(fit(tmp_path, Checkpointed("dropout"))[0])
+
+    @pytest.mark.slow
+    def test_compiled(self, tmp_path):
+        module = torch.compile(Tiny("batchnorm"), backend="eager")
+        callback, runner, _ = fit(tmp_path, module)
+        assert searches(callback)
+        assert runner.global_step == 60
+
+    def test_a_module_that_unfreezes_itself(self, tmp_path):
+        class Unfreezing(Tiny):
+            def on_train_batch_start(self, batch, batch_idx):
+                if self.trainer.global_step == 20:
+                    self.body[0].requires_grad_(True)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        fit(tmp_path, Unfreezing("frozen"))
+
+    def test_own_state_through_the_hooks(self, tmp_path):
+        class Counter:
+            def __init__(self):
+                self.count = 0
+
+        class Hooked(Tiny):
+            def __init__(self):
+                super().__init__()
+                self.counter = Counter()
+
+            def on_trial_snapshot(self):
+                return self.counter.count
+
+            def on_trial_restore(self, saved):
+                self.counter.count = saved
+
+            def training_step(self, batch, batch_idx):
+                self.counter.count += 1
+                return super().training_step(batch, batch_idx)
+
+        module = Hooked()
+        _, _, witness = fit(tmp_path, module)
+        assert witness.forwards > 60
+        assert module.counter.count == 60
+
+
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter([self.data[index] for index in range(len(self.data))])
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return len(self.data)
+
+
+class TestData:
+    @pytest.mark.parametrize("kind", [Stream, SizedStream])
+    @pytest.mark.parametrize("bound", [{"max_steps": 60}, {"max_epochs": 2, "max_steps": -1}])
+    def test_iterable(self, tmp_path, kind, bound):
+        train = DataLoader(kind(examples(240)), 8)
+        callback, runner, witness = fit(tmp_path, train=train, **bound)
+        assert runner.global_step == 60
+        assert len(witness.batches) == 60
+        assert searches(callback)
+
+    def test_overfit_batches(self, tmp_path):
+        callback, runner, _ = fit(tmp_path, train=loader(batch=8, shuffle=False), overfit_batches=3)
+        assert runner.global_step == 60
+        assert searches(callback)
+
+    def test_fast_dev_run(self, tmp_path):
+        callback, runner, _ = fit(tmp_path, fast_dev_run=True)
+        assert runner.global_step == 1
+        assert not searches(callback)
+        assert not (tmp_path / "decisions.jsonl").exists()
+
+    @pytest.mark.parametrize("limit", [5, 0.5])
+    def test_limit_train_batches(self, tmp_path, limit):
+        callback, runner, witness = fit(tmp_path, limit_train_batches=limit, max_epochs=4, max_steps=-1)
+        assert runner.global_step == len(witness.batches) == 4 * (5 if limit == 5 else 15)
+        assert callback.decisions[0].numbers["horizon"]["updates"] == runner.global_step
+
+    def test_smaller_than_a_trial(self, tmp_path):
+        callback, _, _ = fit(tmp_path, train=loader(12, batch=8), max_steps=120)
+        longest = max(leg[1] for one in searches(callback) for leg in one.numbers["legs"])
+        assert longest > 2
+
+    @pytest.mark.parametrize("val", [False, True])
+    def test_without_validation(self, tmp_path, val):
+        settings = {} if not val else {"limit_val_batches": 0}
+        callback, _, _ = fit(tmp_path, val=val, **settings)
+        assert searches(callback)
+
+    def test_several_validation_loaders(self, tmp_path):
+        assert searches(fit(tmp_path, val=[val_loader(), val_loader(24)])[0])
+
+    def test_dictionary_of_training_loaders(self, tmp_path):
+        class Both(Tiny):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+        train = {"a": loader(batch=8), "b": loader(120, batch=4)}
+        callback, runner, _ = fit(tmp_path, Both(), train=train)
+        assert searches(callback)
+        assert runner.global_step == 60
+
+    def test_datamodule(self, tmp_path):
+        class Data(L.LightningDataModule):
+            def train_dataloader(self):
+                return loader(batch=8)
+
+            def val_dataloader(self):
+                return val_loader()
+
+        callback = controller()
+        trainer(tmp_path, callback, max_steps=60).fit(Tiny(), datamodule=Data())
+        assert searches(callback)
+
+    def test_own_batch_sampler(self, tmp_path):
+        train = DataLoader(examples(240), batch_sampler=[list(range(n, n + 8)) for n in range(0, 240, 8)])
+        assert searches(fit(tmp_path, train=train)[0])
+
+
+class TestShortRuns:
+    @pytest.mark.parametrize("steps", [1, 2, 5])
+    def test_shorter_than_a_search(self, tmp_path, steps):
+        callback, runner, _ = fit(tmp_path, callback=AutoLRS(), max_steps=steps)
+        skipped = next(one for one in callback.decisions if one.kind == "search")
+        assert skipped.action == "skip"
+        assert "too short" in skipped.reason
+        assert skipped.numbers["lr"] == 1e-3
+        assert runner.global_step == steps
+        assert callback.trial_steps == 0
+
+    def test_one_batch_an_epoch(self, tmp_path):
+        _, runner, _ = fit(tmp_path, train=loader(8, batch=8), max_epochs=30, max_steps=-1)
+        assert runner.global_step == 30
+
+    def test_a_second_fit_starts_anew(self, tmp_path):
+        callback = controller()
+        for number in range(2):
+            runner = trainer(tmp_path / str(number), callback, max_steps=60)
+            runner.fit(Tiny(), loader(batch=8), val_loader())
+            assert callback.decisions[0].step == 0
+            assert sum(one.kind == "setup" for one in callback.decisions) == 1
+        assert read_decisions(tmp_path / "1") == callback.decisions
+
+
+class TestBeside:
+    def test_early_stopping(self, tmp_path):
+        stopper = EarlyStopping("val_loss", patience=2)
+        callback, _, _ = fit(tmp_path, callbacks=[stopper], max_epochs=6, max_steps=-1)
+        assert "EarlyStopping may end" in callback.decisions[0].reason
+        assert callback.decisions[-1].kind == "finish"
+
+    def test_checkpoints_never_see_a_trial(self, tmp_path):
+        class Record(Callback):
+            def __init__(self):
+                self.weights = {}
+
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                self.weights[trainer.global_step] = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+        record = Record()
+        saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+        callback, runner, witness = fit(tmp_path, callbacks=[record, saver], enable_checkpointing=True)
+        assert len(searches(callback)) >= 2
+        assert witness.steps > 60
+        files = sorted((tmp_path / "saved").iterdir())
+        assert len(files) == 60
+        for file in files:
+            content = torch.load(file, weights_only=True)
+            step = content["global_step"]
+            assert file.name == f"step={step}.ckpt"
+            for name, value in record.weights[step].items():
+                assert torch.equal(content["state_dict"][name], value)
+        assert saver.best_model_path
+        assert runner.checkpoint_callback is saver
+
+    def test_best_checkpoint_by_our_own_scalar(self, tmp_path):
+        saver = ModelCheckpoint(tmp_path / "saved", monitor="autotune/lr", save_top_k=1, every_n_train_steps=10)
+        fit(tmp_path, callbacks=[saver], enable_checkpointing=True)
+        assert saver.best_model_score is not None
+
+    def test_max_time(self, tmp_path):
+        callback, _, _ = fit(tmp_path, max_steps=-1, max_epochs=-1, max_time={"seconds": 2})
+        assert callback.decisions[0].numbers["horizon"]["unit"] == "seconds"
+        assert callback.decisions[-1].kind == "finish"
+        assert callback.lr < 0.2 * max(one.numbers["lr"] for one in callback.decisions if one.kind == "search")
+
+    def test_manual_calls_of_validate_and_test(self, tmp_path):
+        callback, runner, _ = fit(tmp_path)
+        module = Tiny()
+        assert "val_loss" in runner.validate(module, val_loader(), verbose=False)[0]
+        assert callback.decisions
+
+
+class TestInterruptions:
+    """Stopped inside a trial, the module has the training weights, and the trainer its own parts back."""
+
+    @pytest.mark.parametrize("during", ["first search", "later search"])
+    @pytest.mark.parametrize("failure", [RuntimeError("out of luck"), KeyboardInterrupt()], ids=["error", "interrupt"])
+    def test_inside_a_trial(self, tmp_path, failure, during):
+        class Failing(Tiny):
+            def training_step(self, batch, batch_idx):
+                if witness.steps - len(witness.lrs) == fails_at:
+                    raise failure
+                return super().training_step(batch, batch_idx)
+
+        fails_at = -1
+        witness = Witness()
+        callback, _, witness = fit(tmp_path / "probe", Tiny(), callback=controller(min_lr=1e-4, max_lr=3e-2))
+        first = searches(callback)[0].numbers["trial_steps"]
+        assert callback.trial_steps > first
+        fails_at = first // 2 if during == "first search" else first + 1
+
+        L.seed_everything(3, verbose=False)
+        module, witness = Failing(), Witness()
+        initial = {name: value.clone() for name, value in module.state_dict().items()}
+        record, callback = _Last(), controller(min_lr=1e-4, max_lr=3e-2)
+        runner = trainer(tmp_path, callback, record, witness, max_steps=60)
+        with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)) as caught:
+            runner.fit(module, loader(batch=8), val_loader())
+        assert caught.value is failure or isinstance(caught.value, SystemExit)
+        expected = record.weights or initial
+        assert (during == "later search") == bool(record.weights)
+        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+        assert runner.global_step == len(witness.lrs)
+        assert runner.callbacks[0] is callback
+        assert read_decisions(tmp_path) == callback.decisions
+
+    def test_error_in_validation_propagates(self, tmp_path):
+        class Failing(Tiny):
+            def validation_step(self, batch, batch_idx):
+                if not self.trainer.sanity_checking:
+                    raise ZeroDivisionError("validation")
+                return super().validation_step(batch, batch_idx)
+
+        module = Failing()
+        initial = module.head.weight.clone()
+        with pytest.raises(ZeroDivisionError):
+            trainer(tmp_path, controller(), max_steps=60).fit(module, loader(batch=8), val_loader())
+        assert torch.equal(module.head.weight, initial)
+
+
+class _Last(Callback):
+    def __init__(self):
+        self.weights = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+def test_attention_and_layer_norm(tmp_path):
+    class Attending(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.attend = nn.MultiheadAttention(6, 2, dropout=0.1, batch_first=True)
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x):
+            tokens = x.unsqueeze(1).repeat(1, 3, 1)
+            return super().forward(self.norm(self.attend(tokens, tokens, tokens)[0]).mean(1))
+
+    assert searches(fit(tmp_path, Attending())[0])

@@ -1,0 +1,191 @@
+"""A broken log gives what is whole, and a plain word on the rest."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from autotune import Decision
+from autotune.decision import encode
+from autotune.errors import LogFormatError
+from autotune.report.metrics import Series
+from autotune.report.reading import distinct, read_run
+from autotune.report.summary import rows, summarise
+from autotune.report.tracks import batch_size, examples_axis, forecasts, learning_rate, losses
+
+
+def log(folder, *lines):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "decisions.jsonl").write_text("".join(lines))
+    return folder
+
+
+def line(**changes):
+    return json.dumps({**Decision("search", "set_lr", "why", 3, numbers={"lr": 0.1}).to_dict(), **changes}) + "\n"
+
+
+def test_a_whole_run_has_no_problem_and_all_curves(tiny):
+    run = read_run(tiny.folder)
+    assert run.problems == ()
+    assert list(run.decisions) == tiny.decisions
+    assert losses(run)["train"][0] == "train_loss"
+    assert losses(run)["validation"][0] == "val_loss"
+    assert len(learning_rate(run).steps) == 140
+    assert run.last_step == 140
+
+
+def test_missing_paths_are_named(tmp_path):
+    with pytest.raises(LogFormatError, match="nowhere does not exist: name a run's directory"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(LogFormatError, match=r"holds no decisions\.jsonl: was a controller among"):
+        read_run(tmp_path)
+
+
+def test_metrics_without_a_log_make_a_report_that_says_so(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train_loss\n0,2.0\n1,\n2,1.0\n")
+    run = read_run(tmp_path)
+    assert "holds no decisions.jsonl" in run.problems[0]
+    assert run.metrics["train_loss"].values.tolist() == [2.0, 1.0]
+
+
+def test_an_empty_log(tmp_path):
+    with pytest.raises(LogFormatError, match="is empty: the run died before its first decision"):
+        read_run(log(tmp_path, ""))
+
+
+def test_a_truncated_last_line_is_left_out_and_told(tmp_path):
+    run = read_run(log(tmp_path, line(), line()[:40]))
+    assert len(run.decisions) == 1
+    assert run.problems == ("Line 2, the last, was cut short while it was written; it is left out.",)
+
+
+def test_foreign_lines_are_left_out_and_counted(tmp_path):
+    foreign = ["{}\n", "[1]\n", '{"schema":"a"}\n', '{"event":"x"}\n', "not json\n"]
+    run = read_run(log(tmp_path, line(), *foreign, line(step=5, effective_step=5)))
+    assert [d.step for d in run.decisions] == [3, 5]
+    assert [problem.split(":")[0] for problem in run.problems] == [
+        "Line 2",
+        "Line 3",
+        "Line 4",
+        "Line 6",
+        "1 more lines of the same sort (not a decision).",
+    ]
+
+
+def test_a_newer_schema_is_read_as_far_as_it_goes(tmp_path):
+    run = read_run(log(tmp_path, line(schema=9, more=1), line(schema=9, reason=7)))
+    assert [d.reason for d in run.decisions] == ["why"]
+    assert "written with schema 9, this version knows 1" in run.problems[0]
+    assert "Line 2: a decision's 'reason'" in run.problems[1]
+
+
+def test_a_foreign_file_altogether(tmp_path):
+    (tmp_path / "decisions.jsonl").write_bytes(bytes(range(256)) * 4)
+    with pytest.raises(LogFormatError, match="not JSON"):
+        read_run(tmp_path)
+
+
+def test_a_directory_of_runs_means_the_newest(tmp_path):
+    import os
+
+    for age, name in enumerate(["version_1", "version_0"]):
+        log(tmp_path / name, line(reason=name))
+        os.utime(tmp_path / name / "decisions.jsonl", (1000 - age, 1000 - age))
+    run = read_run(tmp_path)
+    assert run.decisions[0].reason == "version_1"
+    assert "holds 2 logs below it; this is the newest" in run.problems[0]
+
+
+def test_every_key_may_be_missing_and_every_value_of_a_wrong_type(tiny, tmp_path):
+    """Whatever is taken out of a real log or bent in it: a summary and every figure still come out."""
+    from autotune.report.page import content
+
+    random.seed(3)
+
+    def bent(value, depth=0):
+        roll = random.random()
+        if depth and roll < 0.1:
+            return random.choice([None, "x", -1, float("nan"), [], {}, [None], {"a": []}, True])
+        if isinstance(value, dict):
+            return {k: bent(v, depth + 1) for k, v in value.items() if random.random() > 0.05}
+        if isinstance(value, list):
+            return [bent(v, depth + 1) for v in value if random.random() > 0.05]
+        return value
+
+    for trial in range(60):
+        broken = [
+            Decision(d.kind, d.action, d.reason, d.step, numbers=bent(dict(d.to_dict()["numbers"])))
+            for d in tiny.decisions
+        ]
+        run = read_run(log(tmp_path / str(trial), *(encode(d) + "\n" for d in broken)))
+        body, figures = content([run])
+        assert "What it came to" in body
+        json.dumps(figures, allow_nan=False)
+
+
+def test_forecasts_meet_what_came_true(tiny):
+    found = forecasts(read_run(tiny.folder))
+    ends = [d for d in tiny.decisions if d.kind == "stage" and d.action == "end"]
+    assert [f.outcome for f in found] == [d.numbers["loss"] for d in ends]
+    assert [f.inside for f in found] == [d.numbers["inside"] for d in ends]
+
+
+def test_batch_and_examples(tiny):
+    run = read_run(tiny.folder)
+    size = batch_size(run)
+    assert dict(zip(size.steps, size.values, strict=True)) == {0: 16, 20: 32, 60: 64, 140: 128}
+    axis = dict(examples_axis(run))
+    assert (axis[20], axis[60], axis[140]) == (20 * 16, 20 * 16 + 40 * 32, 20 * 16 + 40 * 32 + 80 * 64)
+
+
+def test_the_summary_adds_up(tiny):
+    summary = summarise(read_run(tiny.folder))
+    candidates = [c for d in tiny.decisions if d.kind == "search" for c in d.numbers["candidates"]]
+    assert summary.trial_steps == tiny.trial_steps == sum(c["steps"] for c in candidates)
+    assert summary.saved_steps == 8 * len(candidates) - tiny.trial_steps > 0
+    assert summary.share == tiny.trial_steps / (tiny.trial_steps + 140)
+    assert summary.real_steps == 140
+    assert summary.batch_changes == 3
+    assert len(rows(summary)) == 10
+
+
+def test_thinning_keeps_every_extreme():
+    rng = np.random.default_rng(0)
+    values = np.cumsum(rng.normal(size=100_000))
+    values[[17, 50_001, 99_990]] = [1e4, -1e4, np.nan]
+    whole = Series(np.arange(100_000.0), values)
+    small = whole.thinned(3000)
+    assert len(small.steps) <= 3000
+    assert np.nanmax(small.values) == 1e4
+    assert np.nanmin(small.values) == -1e4
+    assert np.isnan(small.values).sum() == 1
+    assert (small.steps[0], small.steps[-1]) == (0, 99_999)
+    assert set(small.steps) <= set(whole.steps)
+    # In every stretch of the run the lowest and highest are those of the whole curve.
+    for part in np.array_split(np.arange(100_000), 999):
+        inside = (small.steps >= part[0]) & (small.steps <= part[-1])
+        assert np.nanmax(small.values[inside]) == np.nanmax(values[part])
+        assert np.nanmin(small.values[inside]) == np.nanmin(values[part])
+
+
+def test_names_of_compared_runs_tell_them_apart(tiny, tmp_path):
+    runs = [read_run(log(tmp_path / name / "lightning_logs" / "version_0", line())) for name in ("sgd", "adam", "lion")]
+    assert [run.name for run in distinct(runs)] == ["sgd", "adam", "lion"]
+
+
+def test_metrics_of_tensorboard(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(2000):
+            writer.add_scalar("val_loss", 1 / (1 + step), step)
+    run = read_run(log(tmp_path, line()))
+    assert len(run.metrics["val_loss"].steps) == 2000
+    assert run.metrics["val_loss"].values[-1] == pytest.approx(1 / 2000)
+
+
+def test_metrics_that_cannot_be_read_are_told(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"\xff\xfe\x00step")
+    run = read_run(log(tmp_path, line()))
+    assert "metrics.csv cannot be read" in run.problems[0]

@@ -1,0 +1,174 @@
+"""What was found is found again: bit for bit in a run, exactly in a scheduler and in a file."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+from real_run import Bomb, train
+
+from autotune import Decision, read_decisions
+from autotune.callbacks import AutoLRS, ReplaySchedule
+from autotune.errors import ConfigurationError, LogFormatError, UnsupportedSetupError
+from autotune.replay import load_schedule, schedule_of
+
+
+def column(trainer, name):
+    with open(f"{trainer.log_dir}/metrics.csv", newline="") as file:
+        return [row[name] for row in csv.DictReader(file) if row.get(name)]
+
+
+def same(first, second):
+    (trainer, model), (other_trainer, other) = first, second
+    weights = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in weights) and all(
+        column(trainer, name) == column(other_trainer, name) for name in ("train_loss", "val_loss", "autotune/lr")
+    )
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"max_steps": -1, "max_epochs": 4},
+        {"max_steps": -1, "max_epochs": 4, "accumulate_grad_batches": 3},
+        {"scheduler": True},
+        {"max_steps": -1, "callbacks": [L.pytorch.callbacks.EarlyStopping("val_loss", patience=2)], "max_epochs": 6},
+    ],
+    ids=["steps", "examples", "accumulation", "scheduler", "no known end"],
+)
+def test_a_replay_is_the_run_bit_for_bit(tmp_path, limits):
+    limits = dict(limits)
+    further = limits.pop("callbacks", [])
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), *further], **limits)
+    fresh = [L.pytorch.callbacks.EarlyStopping("val_loss", patience=2) for _ in further]
+    second = train(tmp_path / "b", [ReplaySchedule(first[0].log_dir), *fresh], **limits)
+    assert len(column(first[0], "train_loss")) > 20
+    assert len(set(column(first[0], "autotune/lr"))) > 5 or further
+    assert same(first, second)
+
+
+def test_a_rollback_is_replayed_and_a_replay_too(tmp_path):
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb()])
+    rollbacks = [d for d in read_decisions(first[0].log_dir) if d.action == "roll_back"]
+    assert rollbacks
+    second = train(tmp_path / "b", [ReplaySchedule(first[0].log_dir), Bomb()])
+    assert same(first, second)
+    third = train(tmp_path / "c", [ReplaySchedule(second[0].log_dir), Bomb()])
+    assert same(first, third)
+
+
+def test_a_replay_makes_no_trial_and_says_so(tmp_path):
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5)])
+    callback = ReplaySchedule(first[0].log_dir)
+    second = train(tmp_path / "b", [callback])
+    played, found = read_decisions(second[0].log_dir), read_decisions(first[0].log_dir)
+    assert [(d.kind, d.step) for d in played] == [(d.kind, d.step) for d in found]
+    assert sum(d.cost_steps for d in found) > 0
+    assert sum(d.cost_steps for d in played if d.kind != "rollback") == 0
+    assert played == callback.decisions
+    assert callback.lr == float(column(second[0], "autotune/lr")[-1])
+
+
+class Weights(L.Callback):
+    """The weights before each update, as the callbacks before this one left them."""
+
+    def __init__(self):
+        self.before = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before[trainer.global_step] = [p.detach().clone() for p in pl_module.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.*this run will make 57")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_replay_can_still_roll_back(tmp_path):
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb()])
+    rollback = next(d for d in read_decisions(first[0].log_dir) if d.action == "roll_back")
+    assert 0 < rollback.numbers["to_step"] < 57 < rollback.step < 120
+    save = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "saved", filename="at57", every_n_train_steps=57)
+    whole, resumed = Weights(), Weights()
+    callbacks = [ReplaySchedule(first[0].log_dir), whole, Bomb(), save]
+    train(tmp_path / "b", callbacks, max_steps=57, enable_checkpointing=True)
+    callback = ReplaySchedule(first[0].log_dir)
+    checkpoint = torch.load(tmp_path / "saved" / "at57.ckpt", weights_only=True)
+    assert checkpoint["callbacks"]["ReplaySchedule"]["player"]
+    trainer, _ = train(tmp_path / "c", [callback, resumed, Bomb()], ckpt_path=tmp_path / "saved" / "at57.ckpt")
+    back = zip(resumed.before[rollback.step], whole.before[rollback.numbers["to_step"]], strict=True)
+    assert all(torch.equal(now, then) for now, then in back)
+    assert read_decisions(trainer.log_dir) == callback.decisions
+    assert callback.decisions[0].step == 0
+
+
+def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path):
+    trainer, _ = train(tmp_path, [AutoLRS(search_budget=0.5)])
+    logged = [float(text) for text in column(trainer, "autotune/lr")]
+    schedule = load_schedule(trainer.log_dir)
+    assert [schedule.rate(step) for step in range(120)] == logged
+
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=5.0)
+    scheduler = schedule.lambda_lr(optimizer)
+    seen = []
+    for _ in range(120):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert [first for first, _ in seen] == logged
+    assert [second for _, second in seen] == pytest.approx([3 * rate for rate in logged], rel=1e-12)
+
+    text = io.StringIO()
+    schedule.write_csv(text)
+    rows = list(csv.DictReader(io.StringIO(text.getvalue())))
+    assert [(int(row["step"]), float(row["lr"])) for row in rows] == list(enumerate(logged))
+    text = io.StringIO()
+    schedule.write_json(text)
+    whole = json.loads(text.getvalue())
+    assert [row["lr"] for row in whole["updates"]] == logged
+    assert whole["horizon"] == {"unit": "steps", "total": 120.0}
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    trainer, _ = train(tmp_path / "a", [AutoLRS(search_budget=0.5)])
+    with pytest.raises(UnsupportedSetupError, match=r"had none .* this module has one"):
+        train(tmp_path / "b", [ReplaySchedule(trainer.log_dir)], scheduler=True)
+    with pytest.raises(UnsupportedSetupError, match="ReplaySchedule and AutoLRS both"):
+        train(tmp_path / "b", [ReplaySchedule(trainer.log_dir), AutoLRS(search_budget=0.5)])
+    with pytest.warns(UserWarning, match="over 120 updates and this run will make 150"):
+        train(tmp_path / "b", [ReplaySchedule(trainer.log_dir)], max_steps=150)
+    with pytest.raises(LogFormatError, match="cannot read"):
+        ReplaySchedule(tmp_path / "nowhere")
+
+
+def setup(**numbers):
+    shape = {"shape": {"form": "hold", "warmup": 0.0}, "horizon": {"unit": "steps", "total": 8, "updates": 8}}
+    return Decision("setup", "begin", "", 0, numbers={**shape, **numbers})
+
+
+def test_a_batch_that_grew_keeps_its_factor_and_its_size():
+    decisions = [
+        setup(batch_size=32),
+        Decision("search", "set_lr", "", 0, numbers={"lr": 0.5, "multiplier": 0.5}),
+        Decision("batch", "grow", "", 3, effective_step=5, numbers={"batch_size": 64, "lr_factor": 2.0}),
+        Decision("finish", "end", "", 8),
+    ]
+    rows = schedule_of(decisions).rows()
+    assert [row["lr"] for row in rows] == [0.5] * 5 + [1.0] * 3
+    assert [row["batch_size"] for row in rows] == [32] * 5 + [64] * 3
+
+
+def test_logs_without_a_schedule_are_named():
+    search = Decision("search", "set_lr", "", 0, numbers={"lr": 0.5})
+    with pytest.raises(LogFormatError, match="no setup record with a shape"):
+        schedule_of([search])
+    with pytest.raises(LogFormatError, match="no decision that sets a learning rate"):
+        schedule_of([setup()])
+    scheduled = schedule_of([setup(scheduler=True), search])
+    with pytest.raises(ConfigurationError, match="multiplied a learning-rate scheduler of your own"):
+        scheduled.rate(0)
+    assert scheduled.rows() == []
+    assert schedule_of([setup(scheduler=True), search, replace(search, step=1)]).rows() == [
+        {"step": 0, "multiplier": 0.5}
+    ]
