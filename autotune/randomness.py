@@ -26,7 +26,8 @@ class RandomState:
 
 def random_state() -> dict[str, Any]:
     """The global generators' states as primitives and tensors (a checkpoint can hold them)."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one is meant
+    legacy: tuple[Any, ...] = np.random.get_state(legacy=True)  # type: ignore[assignment]  # noqa: NPY002 - the global one
+    name, keys, position, has_gauss, gauss = legacy
     version, internal, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

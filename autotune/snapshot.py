@@ -99,8 +99,8 @@ class Weights:
 
     def capture(self) -> None:
         """Remembers the tensors and which object each name is bound to."""
-        tables = [table for module in self._module.modules() for table in (module._parameters, module._buffers)]
-        self._tables = [(table, dict(table)) for table in tables]  # type: ignore[arg-type]
+        tables: list[Any] = [t for module in self._module.modules() for t in (module._parameters, module._buffers)]
+        self._tables = [(table, dict(table)) for table in tables]
         distinct = {id(t): t for _, names in self._tables for t in names.values() if t is not None}
         self._needs_grad = [(t, t.requires_grad) for t in distinct.values() if t.is_leaf]
         self.copies.save(distinct.values())
@@ -197,7 +197,8 @@ class OptimizerState:
         """Remembers ``saved`` instead of the present; the groups' settings are those of the present."""
         self.capture()
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._state, tensors = [], []
+        self._state = []
+        tensors: list[Tensor] = []
         for place, values, others in saved["entries"]:
             parameter = parameters[place]
             device = {key: _state_device(key, value, parameter) for key, value in values.items()}
@@ -221,9 +222,10 @@ class ModuleHooks:
 
     def capture(self) -> None:
         """Asks every module that defines the pair of hooks."""
+        modules: list[Any] = list(self._module.modules())
         self._saved = [
             (module.on_trial_restore, module.on_trial_snapshot())
-            for module in self._module.modules()
+            for module in modules
             if hasattr(module, "on_trial_snapshot") and hasattr(module, "on_trial_restore")
         ]
 

@@ -158,8 +158,8 @@ class LRRun:
             self._pay(steps, steps)
             self._first_cost += steps
             self.plan.set_updates(self.plan.horizon.total / seconds)
-        steps = self._searches.policy.probe_steps(self.plan.searchable)
-        self.trials.prepare_probe(monitor=self.settings.monitor, mode=self.settings.mode, steps=steps)
+        allowed = self._searches.policy.probe_steps(self.plan.searchable)
+        self.trials.prepare_probe(monitor=self.settings.monitor, mode=self.settings.mode, steps=allowed)
 
     def _pay(self, cost: float, trial_steps: int = 0) -> None:
         self.spent += cost

@@ -205,7 +205,9 @@ class LRSearches:
             return SearchOutcome(current, "skip", f"{missing}: the current rate stays")
         lr = self._default()
         start, cost = None, 0.0
-        if self._run.left >= self._run.trials.probe_cost:  # a monitor that nothing logs is refused all the same
+        if (
+            self._run.plan.searchable >= self._run.trials.probe_cost
+        ):  # a monitor that nothing logs is refused all the same
             start, cost = self._run.trials.probe(), self._run.trials.probe_cost
         reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
         return SearchOutcome(lr, "skip", reason, start=start, cost=cost)

@@ -22,6 +22,7 @@ from autotune.forecast.published import published_forecast
 from autotune.pystate import Attributes
 from autotune.randomness import RandomState
 from autotune.search import Outcome, Recommendation, Search, SearchState, TrialStopper
+from autotune.search.observation import Status
 from autotune.snapshot import Snapshot
 from autotune.stage.machine import Probe
 from autotune.stage.schedule import TrialShape
@@ -237,7 +238,8 @@ class Trials:
             verdict = stopper.judge(curve, None if best is None else list(best.curve), steps, curve[0])
             if verdict.stop and (leg.stop_early or verdict.status == "diverged"):
                 loss = _stopped_at(curve, best)
-                return Outcome(log_lr, steps, loss, len(curve), verdict.status, tuple(curve)), verdict.reason
+                how: Status = "diverged" if verdict.status == "diverged" else "stopped"
+                return Outcome(log_lr, steps, loss, len(curve), how, tuple(curve)), verdict.reason
             if leg.evaluations and (step + 1) * leg.evaluations // steps > len(probes):
                 probes.append(self._aside(loop))
         if leg.forecast_to is None:
@@ -246,7 +248,7 @@ class Trials:
             loss = published_forecast(probes, round(leg.forecast_to * len(probes) / steps), training=False)
         else:
             loss = published_forecast(curve, leg.forecast_to)
-        status = "finished" if math.isfinite(loss) else "diverged"
+        status: Status = "finished" if math.isfinite(loss) else "diverged"
         return Outcome(log_lr, steps, loss, len(curve), status, tuple(curve)), ""
 
     def _aside(self, loop: SideLoop) -> float:

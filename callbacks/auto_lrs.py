@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 from autotune.callbacks._lr_run import LRRun
 from autotune.callbacks._run_log import RunLog
+from autotune.callbacks._trainer.data import refuse_one_shot
 from autotune.callbacks._trainer.facts import (
     early_stopping_waits,
     inform,
@@ -125,6 +126,7 @@ class AutoLRS(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Plans the run, or takes up a resumed one."""
+        refuse_one_shot(trainer.fit_loop._combined_loader)
         saved, self._saved = self._saved, None
         log = RunLog.of(trainer)
         if saved is not None:

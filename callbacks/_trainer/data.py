@@ -9,8 +9,6 @@ bounded cache and handed out as copies (a ``training_step`` may write into its b
 from __future__ import annotations
 
 import copy
-import io
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -67,17 +65,12 @@ def examples_in(batch: Any) -> int:
 
 def _second(loader: Any, seed: int, limit: float, largest_batch: int | None) -> Any:
     if not isinstance(loader, DataLoader):
-        if iter(loader) is loader:
-            raise UnsupportedSetupError(
-                f"the loader {type(loader).__name__} is its own iterator, so trials would consume the "
-                "training data; give the Trainer a DataLoader, or an object whose __iter__ returns a new iterator"
-            )
         return loader
     clone = copy.copy(loader)
     generator = torch.Generator().manual_seed(seed)
     own: dict[str, Any] = {"_iterator": None, "persistent_workers": False, "generator": generator}
     if isinstance(loader.dataset, IterableDataset):
-        _refuse_shared_stream(loader.dataset)
+        pass  # a new iterator over the data set is all there is; what it moves is put back by data_state
     elif _standard(loader):
         own["sampler"] = _shuffled(loader, limit, generator)
         size = min(loader.batch_size or 1, largest_batch or loader.batch_size or 1)
@@ -111,19 +104,32 @@ def _shuffled(loader: DataLoader[Any], limit: float, generator: torch.Generator)
     return RandomSampler(range(size), generator=generator)
 
 
-def _refuse_shared_stream(dataset: Any) -> None:
-    streams = (types.GeneratorType, io.IOBase)
-    held = [name for name, value in vars(dataset).items() if isinstance(value, streams)]
-    if held and hasattr(dataset, "__next__"):
-        raise UnsupportedSetupError(
-            f"the IterableDataset {type(dataset).__name__} is its own iterator over {held[0]!r}, which cannot be "
-            "read twice, so trials would consume the training data; return a new iterator from __iter__"
-        )
+def refuse_one_shot(combined: Any) -> None:
+    """Refuses loaders that can be read only once.
+
+    Raises:
+        UnsupportedSetupError: Naming the loader or data set, and what to do.
+    """
+    for loader in combined.flattened:
+        if not isinstance(loader, DataLoader):
+            if hasattr(loader, "__next__"):
+                raise UnsupportedSetupError(
+                    f"the loader {type(loader).__name__} is its own iterator, so trials would consume the "
+                    "training data; give the Trainer a DataLoader, or an object whose __iter__ returns a new iterator"
+                )
+        elif isinstance(loader.dataset, IterableDataset) and hasattr(loader.dataset, "__next__"):
+            held = [name for name, value in vars(loader.dataset).items() if isinstance(value, Iterator)]
+            if held:
+                raise UnsupportedSetupError(
+                    f"the IterableDataset {type(loader.dataset).__name__} is its own iterator over {held[0]!r}, which "
+                    "cannot be read twice, so trials would consume the training data; return a new iterator from "
+                    "__iter__"
+                )
 
 
 def data_state(*combined: Any) -> Attributes:
     """What iterating the loaders may change on data sets and samplers: counters and generators."""
-    objects = []
+    objects: list[Any] = []
     for loader in [item for whole in combined if whole is not None for item in whole.flattened]:
         for name in ("dataset", "sampler", "batch_sampler"):
             item = getattr(loader, name, None)

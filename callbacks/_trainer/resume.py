@@ -31,7 +31,6 @@ class DataPosition:
         self._opened: dict[str, Any] | None = None
         self._first: dict[str, Any] | None = None
         self._iterate_at_epoch_start = False
-        self._resumed_mid_epoch = False
 
     def attach(self, trainer: Any) -> None:
         """Remembers the generators each time the trainer asks for the training loader, just before its ``iter()``."""
@@ -89,8 +88,11 @@ class DataPosition:
         else:
             self._iterate_at_epoch_start = True
         _apply(saved["now"], _generators(trainer))
-        if self._iterate_at_epoch_start and trainer.fit_loop.restarted_mid_epoch:
-            # Saved at an epoch's last batch: the next epoch begins without its start hook, and without an iter().
+        fit_loop = trainer.fit_loop
+        at_last_batch = fit_loop.restarted_mid_epoch and fit_loop.epoch_loop.restarted_on_train_batch_end
+        if self._iterate_at_epoch_start and at_last_batch:
+            # Saved at an epoch's last batch, before its validation: Lightning begins the next epoch without its start
+            # hook, and without an iter(). Saved after the validation it does both.
             self.epoch_start(trainer)
 
     def _fast_forward(self, trainer: Any, batches: int) -> None:

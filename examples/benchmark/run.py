@@ -20,6 +20,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def _work(jobs: list[tuple[str, Workload, int]], folder: Path, workers: int) -> 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar, ProcessPoolExecutor(workers) as pool:
+    with Progress(*columns) as bar, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         shown = bar.add_task("benchmark", total=len(jobs))
         running = {pool.submit(job, *one, folder) for one in jobs}
         while running:

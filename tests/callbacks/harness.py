@@ -114,7 +114,7 @@ class Tiny(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = batch
-        self.log("val_loss", nn.functional.cross_entropy(self(x), y), add_dataloader_idx=False)
+        self.log("val_loss", nn.functional.cross_entropy(self(x), y))
 
     def configure_optimizers(self) -> Any:
         groups: Any = [p for p in self.parameters() if p.requires_grad]

@@ -4,11 +4,11 @@ import math
 
 import lightning as L
 import pytest
-from harness import Tiny, Witness, examples, loader, trainer, val_loader
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from autotune.callbacks import AutoLRS
+from tests.callbacks.harness import Tiny, Witness, examples, loader, trainer, val_loader
 
 
 class Meter(Callback):
@@ -137,7 +137,7 @@ def test_readable_during_the_fit(tmp_path):
     assert callback.trial_steps == 0
     assert callback.decisions == []
     witness = Witness()
-    trainer(tmp_path, callback, reader, witness, max_steps=120).fit(Tiny(), loader(batch=8), val_loader())
+    trainer(tmp_path, callback, reader, witness, max_steps=240).fit(Tiny(), loader(batch=8), val_loader())
     assert [lr for lr, _, _ in reader.seen] == [lrs[0] for lrs in witness.lrs]
     assert reader.seen[0][1] > 0
     assert callback.trial_steps == witness.steps - len(witness.lrs)

@@ -18,7 +18,7 @@ from tests.batch.toys import QUIET, Weighing, loader
 """
 
 
-def python(code, *arguments, timeout=300):
+def python(code, *arguments, timeout=600):
     program = SETUP + textwrap.dedent(code)
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
@@ -74,7 +74,7 @@ def test_two_ranks_agree_and_see_every_example_once(tmp_path, shuffle, drop_last
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert ranks[0]["decisions"] == ranks[1]["decisions"]
@@ -117,7 +117,7 @@ callback = AdaptiveBatchSize(max_batch_size=256, rule="norm", eta=1e-3, every_n_
 class Cap(L.Callback):
     def on_train_start(self, trainer, pl_module):
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)
 
 trainer = L.Trainer(callbacks=[callback, Cap()], max_epochs=2, default_root_dir=sys.argv[1], **QUIET)
 trainer.fit(Hungry(), torch.utils.data.DataLoader(data, 8, shuffle=True))

@@ -6,11 +6,11 @@ import json
 import lightning as L
 import pytest
 import torch
-from harness import Tiny, Witness, controller, loader, trainer, val_loader
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from autotune.decision import Decision, DecisionLog, read_decisions
+from tests.callbacks.harness import Tiny, Witness, controller, loader, trainer, val_loader
 
 pytestmark = pytest.mark.usefixtures("several_searches")
 

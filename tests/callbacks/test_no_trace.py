@@ -4,8 +4,9 @@ import csv
 
 import lightning as L
 import pytest
-from harness import PlayRates, Spy, Tiny, Witness, controller, loader, searches, trainer, val_loader
 from lightning.pytorch.loggers import CSVLogger
+
+from tests.callbacks.harness import PlayRates, Spy, Tiny, Witness, controller, loader, searches, trainer, val_loader
 
 STEPS = 120
 

@@ -3,7 +3,6 @@
 import lightning as L
 import pytest
 import torch
-from harness import Tiny, loader, trainer, val_loader
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import (
 
 from autotune.callbacks import AutoLRS
 from autotune.errors import AutotuneError, ConfigurationError, MonitorError, UnsupportedSetupError
+from tests.callbacks.harness import Tiny, loader, trainer, val_loader
 
 
 class Manual(Tiny):
@@ -53,7 +53,6 @@ def refused(folder, error, match, module=None, callbacks=(), callback=None, val=
     ("callback", "match"),
     [
         (lambda: LearningRateFinder(), "LearningRateFinder.*remove it"),
-        (lambda: BatchSizeFinder(), "BatchSizeFinder.*Tuner"),
         (lambda: StochasticWeightAveraging(1e-2), "StochasticWeightAveraging.*remove it"),
         (lambda: GradientAccumulationScheduler({0: 2}), "Trainer\\(accumulate_grad_batches=k\\)"),
     ],
@@ -73,12 +72,25 @@ def test_a_second_controller(tmp_path):
     second.__class__ = AutoLRS
     runner = trainer(tmp_path, AutoLRS(), max_steps=10)
     runner.callbacks.append(second)
-    with pytest.raises(UnsupportedSetupError, match="two of this callback.*keep one"):
+    with pytest.raises(UnsupportedSetupError, match=r"two of this callback.*keep one"):
         runner.fit(Tiny(), loader(), val_loader())
     with pytest.raises((UnsupportedSetupError, RuntimeError), match=r"two of this callback|more than one"):
         trainer(tmp_path, AutoLRS(), AutoLRS(), max_steps=10).fit(Tiny(), loader(), val_loader())
 
 
+def test_the_batch_size_finder(tmp_path):
+    class Data(L.LightningDataModule):
+        batch_size = 8
+
+        def train_dataloader(self):
+            return loader(batch=8)
+
+    runner = trainer(tmp_path, BatchSizeFinder(), AutoLRS(), max_steps=10)
+    with pytest.raises(UnsupportedSetupError, match=r"AutoLRS: .*BatchSizeFinder.*Tuner"):
+        runner.fit(Tiny(), datamodule=Data())
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 @pytest.mark.parametrize(
     ("module", "match"),
     [

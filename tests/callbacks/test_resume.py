@@ -3,11 +3,11 @@
 import lightning as L
 import pytest
 import torch
-from harness import Tiny, Witness, controller, loader, searches, trainer, val_loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from autotune.decision import read_decisions
 from autotune.errors import StateError
+from tests.callbacks.harness import Tiny, Witness, controller, loader, searches, trainer, val_loader
 
 EPOCH = 30
 BOUNDS = {"steps": {"max_steps": 120}, "epochs": {"max_epochs": 4}}

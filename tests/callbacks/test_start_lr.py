@@ -2,9 +2,9 @@
 
 import lightning as L
 import pytest
-from harness import Tiny, Witness, controller, loader, searches, trainer, val_loader
 
 from autotune.callbacks import AutoLRS
+from tests.callbacks.harness import Tiny, Witness, controller, loader, searches, trainer, val_loader
 
 
 def run(folder, lr, make_callback, *traits, optimizer="adamw", **settings):

@@ -5,7 +5,6 @@ import math
 import lightning as L
 import pytest
 import torch
-from harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autotune.callbacks import AutoLRS
 from autotune.decision import read_decisions
+from tests.callbacks.harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
 
 pytestmark = pytest.mark.usefixtures("several_searches")
 
@@ -21,8 +21,8 @@ def fit(folder, module=None, train=None, val=True, callback=None, callbacks=(), 
     """Trains and returns controller, trainer and witness; the weights must come out finite."""
     L.seed_everything(3, verbose=False)
     callback = callback or controller(min_lr=1e-4, max_lr=3e-2)
-    module, witness = module or Tiny(), Witness()
-    witness.observe(module)
+    module, witness = Tiny() if module is None else module, Witness()
+    witness.observe(getattr(module, "_orig_mod", module))
     validation = val_loader() if val is True else val or None
     runner = trainer(folder, callback, *callbacks, witness, **{"max_steps": 60, **settings})
     runner.fit(module, loader(batch=8) if train is None else train, validation)
@@ -48,28 +48,32 @@ class TestLosses:
         assert "usual rate for AdamW" in first.reason
         assert read_decisions(tmp_path) == callback.decisions or "nan" in repr(callback.decisions)
 
-    @pytest.mark.parametrize("every", [1, 3])
-    def test_now_and_then_nan(self, tmp_path, every):
+    @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+    def test_steps_that_are_skipped(self, tmp_path):
         class Sometimes(Tiny):
             def training_step(self, batch, batch_idx):
                 loss = super().training_step(batch, batch_idx)
-                return None if batch_idx % 10 == every else loss
+                return None if batch_idx % 10 == 1 else loss
 
-        _, runner, witness = fit(tmp_path, Sometimes(), max_epochs=2, max_steps=-1)
+        callback, runner, witness = fit(tmp_path, Sometimes(), max_epochs=2, max_steps=-1)
         assert len(witness.batches) == 60
+        assert searches(callback)
         assert runner.current_epoch == 2
 
-    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-    def test_exploding_candidates(self, tmp_path, optimizer):
+    @pytest.mark.parametrize(("proposals", "highest"), [("bayesian", 10.0), ("grid", 1e12)])
+    def test_exploding_candidates(self, tmp_path, proposals, highest):
         class Cubic(Tiny):
             def forward(self, x):
                 return (3.0 * super().forward(x)) ** 3
 
-        callback, _, _ = fit(tmp_path, Cubic(optimizer=optimizer), callback=controller(max_lr=1e4), max_steps=120)
-        tried = [one for decision in searches(callback) for one in decision.numbers["candidates"]]
-        assert any(one["lr"] > 10.0 for one in tried)
-        assert any(one["status"] != "finished" for one in tried)
-        assert callback.lr < 10.0
+        callback = controller(max_lr=highest, proposals=proposals)
+        fit(tmp_path, Cubic(optimizer="sgd"), callback=callback)
+        first = searches(callback)[0].numbers
+        exploded = [one for one in first["candidates"] if not one["loss"] < 100.0 * first["initial_loss"]]
+        assert exploded
+        assert first["lr"] < min(one["lr"] for one in exploded)
+        if proposals == "grid":
+            assert exploded[-1]["status"] == "diverged"
 
     def test_maximised_metric(self, tmp_path):
         class Scored(Tiny):
@@ -78,7 +82,7 @@ class TestLosses:
 
         callback = controller(monitor="val_acc", mode="max", min_lr=1e-4, max_lr=3e-2)
         fit(tmp_path, Scored(), callback=callback, max_steps=120)
-        trials = [one for one in searches(callback)[0].numbers["candidates"]]
+        trials = searches(callback)[0].numbers["candidates"]
         assert all(-1.0 <= one["loss"] <= 0.0 for one in trials if one["status"] == "finished")
 
 
@@ -102,9 +106,15 @@ class TestModules:
 
         assert searches(fit(tmp_path, Checkpointed("dropout"))[0])
 
-    @pytest.mark.slow
-    def test_compiled(self, tmp_path):
-        module = torch.compile(Tiny("batchnorm"), backend="eager")
+    # torch and Lightning warn while they compile.
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+    def test_compiled(self, tmp_path, whole):
+        module = Tiny("batchnorm")
+        if whole:
+            module = torch.compile(module, backend="aot_eager")
+        else:
+            module.body = torch.compile(module.body, backend="aot_eager")
         callback, runner, _ = fit(tmp_path, module)
         assert searches(callback)
         assert runner.global_step == 60
@@ -160,6 +170,7 @@ class SizedStream(Stream):
 
 
 class TestData:
+    @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
     @pytest.mark.parametrize("kind", [Stream, SizedStream])
     @pytest.mark.parametrize("bound", [{"max_steps": 60}, {"max_epochs": 2, "max_steps": -1}])
     def test_iterable(self, tmp_path, kind, bound):
@@ -197,9 +208,15 @@ class TestData:
         callback, _, _ = fit(tmp_path, val=val, **settings)
         assert searches(callback)
 
-    def test_several_validation_loaders(self, tmp_path):
-        assert searches(fit(tmp_path, val=[val_loader(), val_loader(24)])[0])
+    @pytest.mark.parametrize("monitor", [None, "val_loss/dataloader_idx_1"])
+    def test_several_validation_loaders(self, tmp_path, monitor):
+        callback = controller(min_lr=1e-4, max_lr=3e-2, monitor=monitor)
+        fit(tmp_path, val=[val_loader(), val_loader(24)], callback=callback)
+        used, why = searches(callback)[0].numbers["monitor"]
+        assert used == monitor
+        assert why == "as asked" if monitor else "val_loss/dataloader_idx_0, val_loss/dataloader_idx_1" in why
 
+    @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
     def test_dictionary_of_training_loaders(self, tmp_path):
         class Both(Tiny):
             def training_step(self, batch, batch_idx):

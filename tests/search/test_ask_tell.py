@@ -116,13 +116,13 @@ def test_history_carries_its_own_start_and_no_curves():
 def test_global_state_is_left_alone(kind):
     search = kind()
     torch.manual_seed(3)
-    np.random.seed(3)  # noqa: NPY002 - the global generator is what must not move
+    np.random.seed(3)
     random.seed(3)
-    before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())  # noqa: NPY002
+    before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
     settings = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
     history = run(search, CLIFF, 0, horizon=50).earlier
     search.recommend(run(search, CLIFF, 1, current=-6.0, history=history))
-    after = (torch.get_rng_state(), np.random.get_state()[1], random.getstate())  # noqa: NPY002
+    after = (torch.get_rng_state(), np.random.get_state()[1], random.getstate())
     assert torch.equal(before[0], after[0])
     assert np.array_equal(before[1], after[1])
     assert before[2] == after[2]
