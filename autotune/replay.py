@@ -109,7 +109,7 @@ class Schedule:
         found = []
         for step in range(self.steps):
             for decision in self.events.get(step, ()):
-                size = decision.numbers.get("batch_size")
+                size = decision.numbers.get("batch_size", decision.numbers.get("batch"))
                 batch = size if isinstance(size, int) and decision.kind in ("batch", "setup") else batch
             value = self.peak(step) if self.scheduled else self.rate(step)
             found.append({"step": step, name: value, **({} if batch is None else {"batch_size": batch})})
@@ -195,7 +195,7 @@ def _peaks(decisions: list[Decision]) -> tuple[list[int], list[float]]:
     peaks: list[float] = []
     for decision in decisions:
         if decision.kind == "batch" and peaks:
-            peak = peaks[-1] * _float(decision.numbers.get("lr_factor"), 1.0)
+            peak = peaks[-1] * _lr_factor(decision)
         elif decision.kind in _PEAK_KINDS:
             peak = _float(decision.numbers.get("multiplier", decision.numbers.get("lr")), math.nan)
         else:
@@ -207,6 +207,11 @@ def _peaks(decisions: list[Decision]) -> tuple[list[int], list[float]]:
                 starts.append(decision.effective_step)
                 peaks.append(peak)
     return starts, peaks
+
+
+def _lr_factor(decision: Decision) -> float:
+    numbers = decision.numbers
+    return _float(numbers.get("lr_factor", numbers.get("lr_gain")), 1.0)
 
 
 def _events(decisions: list[Decision]) -> dict[int, tuple[Decision, ...]]:

@@ -68,7 +68,7 @@ def summarise(run: Run) -> Summary:
         searches=len(searches),
         changes=kinds["search", "set_lr"],
         rollbacks=kinds["rollback", "roll_back"],
-        batch_changes=kinds["batch", "grow"] + kinds["batch", "undo"],
+        batch_changes=sum(kinds["batch", action] for action in ("grow", "undo", "undo_growth")),
         forecasts_scored=len(scored),
         forecasts_inside=sum(bool(forecast.inside) for forecast in scored),
         seconds=_from_finish(finish, "seconds"),

@@ -9,7 +9,7 @@ import numpy as np
 from autotune.decision import Decision
 from autotune.report.metrics import Series
 from autotune.report.reading import Run
-from autotune.report.values import number
+from autotune.report.values import batch_of, number
 
 #: Logged names of the learning rate, best first. LearningRateMonitor's begin with ``lr-``.
 _LR_NAMES = ("autotune/lr", "lr", "learning_rate", "train/lr")
@@ -139,13 +139,13 @@ def _same_stage(end: Decision, forecast: Decision) -> bool:
 def _batch_knots(run: Run) -> list[tuple[float, float]]:
     knots: list[tuple[float, float]] = []
     setup = first(run, "setup")
-    if setup is not None and (size := number(setup, "batch_size")) is not None:
+    if setup is not None and (size := batch_of(setup)) is not None:
         knots.append((0.0, size))
     for decision in run.decisions:
-        size = number(decision, "batch_size")
+        size = batch_of(decision)
         if decision.kind != "batch" or size is None:
             continue
-        previous = number(decision, "previous_batch_size")
+        previous = batch_of(decision, previous=True)
         if not knots and previous is not None:
             knots.append((0.0, previous))
         knots.append((float(decision.effective_step), size))

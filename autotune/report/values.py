@@ -22,6 +22,12 @@ def number(source: Decision | Mapping[str, Any], key: str) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def batch_of(decision: Decision, previous: bool = False) -> float | None:
+    """Examples per update that a decision speaks of; AdaptiveBatchSize calls them ``batch`` and ``batch_before``."""
+    names = ("previous_batch_size", "batch_before") if previous else ("batch_size", "batch")
+    return next((value for name in names if (value := number(decision, name)) is not None), None)
+
+
 def mapping(source: Decision | Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The object under ``key``, or an empty one."""
     numbers = source.numbers if isinstance(source, Decision) else source

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import lightning as L
@@ -144,8 +145,13 @@ def test_wandb_holds_scalars_table_pictures_and_configuration(tmp_path, tiny, mo
     fit(tmp_path, logger, tiny.decisions)
     folder = Path(logger.experiment.dir)
     wandb.finish()
+    # The service process writes the file; its last record is the run's exit.
+    file, records, end = next(folder.parent.glob("*.wandb")), [], time.monotonic() + 30
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < end:
+        time.sleep(0.1)
+        records = list(wandb_records(file))
     rows, config = [], {}
-    for record in wandb_records(next(folder.parent.glob("*.wandb"))):
+    for record in records:
         if record.HasField("history"):
             rows.append({tuple(item.nested_key): json.loads(item.value_json) for item in record.history.item})
         for update in record.config.update:
