@@ -16,9 +16,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from run import RESULTS
 from workloads import SUITE
 
+RESULTS = Path(__file__).resolve().parent / "results"  # as run.py has it
 Runs = dict[str, dict[int, dict[str, Any]]]  # method -> seed -> result
 WORST = 10.0  # a ratio is cut here, so that one diverged run does not decide a geometric mean alone
 

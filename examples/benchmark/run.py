@@ -104,6 +104,7 @@ def run_one(name: str, workload: Workload, seed: int) -> dict[str, Any]:
     loss = validation_loss(fit.task, batches, _inner(trainer))
     controller = fit.controller
     cost = recorder.cost(trainer.global_step)
+    recorder.curve.append([cost, loss])  # a last rollback comes after the last update
     return {
         "workload": workload.name, "key": workload.key(), "method": name, "seed": seed, "loss": loss,
         "budget": workload.steps, "updates": trainer.global_step, "cost": cost,
