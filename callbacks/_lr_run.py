@@ -158,6 +158,7 @@ class LRRun:
             self._pay(steps, steps)
             self._first_cost += steps
             self.plan.set_updates(self.plan.horizon.total / seconds)
+            self._replan(f"an update takes {seconds:.3g} s, so that the run will make about {self.plan.updates:.0f}")
         allowed = self._searches.policy.probe_steps(self.plan.searchable)
         self.trials.prepare_probe(monitor=self.settings.monitor, mode=self.settings.mode, steps=allowed)
 
@@ -364,5 +365,7 @@ class LRRun:
             end = min(progress + machine.length(state.index - 1), 1.0)
         self.state = replace(state, start=state.start * scale, end=end, forecast_due=state.forecast_due * scale)
         horizon = self.plan.horizon
-        reason = f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew"
-        self.record("setup", "replan", reason, numbers={"unit": horizon.unit, "total": horizon.total})
+        self._replan(f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew")
+
+    def _replan(self, reason: str) -> None:
+        self.record("setup", "replan", reason, numbers={**self.plan.numbers(), "shape": self.plan.shape_numbers()})

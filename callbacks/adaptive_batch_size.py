@@ -20,7 +20,7 @@ from autotune.callbacks._trainer.facts import inform, window_end
 from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.measure import LoopMeter
 from autotune.callbacks._trainer.memory import forget_peak, micro_limit
-from autotune.callbacks._trainer.resize import ResizableLoader
+from autotune.callbacks._trainer.resize import ResizableLoader, align, move
 from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
 from autotune.errors import ConfigurationError
@@ -159,9 +159,7 @@ class AdaptiveBatchSize(Callback):
         log.restore(self.decisions)
         log.open()
         if self._resumed is None:
-            self._decide(
-                trainer, "setup", "set_batch", self._plan_in_words(trainer), {"max_batch": self._state.ceiling}
-            )
+            self._decide(trainer, "setup", "set_batch", self._plan_in_words(trainer), self._opening())
         self._resumed = None
 
     def _plan_in_words(self, trainer: Trainer) -> str:
@@ -170,6 +168,20 @@ class AdaptiveBatchSize(Callback):
             f"start at {self._split.examples} examples an update, grow by the {self._controller.rule} rule to "
             f"{self._state.ceiling} at most; noise from {self._meter.pick(trainer)}, learning rate by {self._rule}"
         )
+
+    def _opening(self) -> dict[str, Any]:
+        """What the first record says beside the plan in words; a replay needs all of it."""
+        assert self._state is not None
+        return {
+            "controller": type(self).__name__,
+            "max_batch": self._state.ceiling,
+            "batch": self._split.examples,
+            "micro": self._split.micro,
+            "accumulate": self._split.accumulate,
+            "rule": self._controller.rule,
+            "lr_scaling": self._rule,
+            "scale_betas": self.scale_betas,
+        }
 
     def _go_on(self, trainer: Trainer, saved: dict[str, Any]) -> None:
         self._noise = NoiseState.from_state_dict(saved["noise"])
@@ -193,9 +205,7 @@ class AdaptiveBatchSize(Callback):
         RunLog.of(trainer).open()
         if self._announce and self._state is not None:
             self._announce = False
-            self._decide(
-                trainer, "setup", "set_batch", self._plan_in_words(trainer), {"max_batch": self._state.ceiling}
-            )
+            self._decide(trainer, "setup", "set_batch", self._plan_in_words(trainer), self._opening())
         self._loader.epoch_start(trainer)
         if self._owns_position(trainer):
             self._position.epoch_start(trainer)
@@ -295,19 +305,11 @@ class AdaptiveBatchSize(Callback):
 
     def _send(self, trainer: Trainer, split: Split) -> int:
         """Moves loader and accumulation towards ``split``; returns the first update that is wholly made of it."""
-        ready = self._loader.ready(trainer)
-        now = trainer.accumulate_grad_batches
-        first = self._loader.resize(trainer, split.micro) if split.micro != self._split.micro else ready
-        total = int(trainer.num_training_batches)
-        start = min(-(-max(first, ready) // split.accumulate) * split.accumulate, total)
-        self._align(trainer, ready)
-        return trainer.global_step + -(-(start - ready) // now)
+        return move(trainer, self._loader, self._split, split)
 
     def _align(self, trainer: Trainer, ready: int) -> None:
         """Lengthens the window where its new boundaries are boundaries of the old one too."""
-        wanted = self._split.accumulate if self._next is None else self._next.accumulate
-        if trainer.accumulate_grad_batches != wanted and ready % wanted == 0:
-            trainer.accumulate_grad_batches = wanted
+        align(trainer, ready, (self._next or self._split).accumulate)
 
     def _undo(self, trainer: Trainer) -> None:
         assert self._state is not None
@@ -324,7 +326,14 @@ class AdaptiveBatchSize(Callback):
             f"the loss went from {losses['loss_before']:.4g} to {losses['loss_after']:.4g} after the batch had grown "
             f"to {grown.examples}: weights, optimizer and batch go back, and it stays at {self._split.examples}"
         )
-        numbers = {"batch": self._split.examples, "batch_before": grown.examples, **losses}
+        numbers = {
+            "batch": self._split.examples,
+            "batch_before": grown.examples,
+            "micro": self._split.micro,
+            "accumulate": self._split.accumulate,
+            "lr_gain": 1.0 / self._gain,
+            **losses,
+        }
         self._decide(trainer, "batch", "undo_growth", reason, numbers)
 
     def _short(self, examples: int, pieces: int) -> None:
@@ -339,7 +348,13 @@ class AdaptiveBatchSize(Callback):
                 f"memory ran out on a micro-batch of {examples}: it was repeated in {pieces} pieces, and micro-batches "
                 f"above {self._windows.piece_limit} are run in pieces from now on"
             )
-            self._decide(trainer, "batch", "split", reason, {"micro": examples, "pieces": pieces})
+            self._decide(
+                trainer,
+                "batch",
+                "split",
+                reason,
+                {"micro": examples, "pieces": pieces, "piece_limit": self._windows.piece_limit},
+            )
 
     def _decide(
         self, trainer: Trainer, kind: str, action: str, reason: str, numbers: dict[str, Any], effective: int = -1

@@ -198,11 +198,11 @@ class AutoLRS(Callback):
         return {
             "controller": "AutoLRS",
             **self.settings.to_dict(),
-            "horizon": plan.state_dict(),
+            "horizon": plan.numbers(),
             "optimizer": type(trainer.optimizers[0]).__name__,
             "lr_ratios": list(run.driver.ratios),
             "scheduler": run.driver.scheduled,
-            "shape": {"form": "linear" if plan.shape.decay else "hold", "warmup": plan.shape.warmup},
+            "shape": plan.shape_numbers(),
             "versions": versions(),
         }
 
