@@ -19,6 +19,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from autotune._schedule_log import Plan, batches_of, is_batch_setup, is_lr_setup, peaks_of, plans_of, played
@@ -52,6 +53,7 @@ class Schedule:
         returns: Steps whose weights the run went back to later.
         resizes: The run had ``AdaptiveBatchSize``, whose decisions are among the events.
         scale_betas: It changed Adam's betas with the batch.
+        epoch_examples: Examples an epoch shows; None where the log does not say.
     """
 
     plans: tuple[Plan, ...]
@@ -64,6 +66,7 @@ class Schedule:
     returns: frozenset[int] = frozenset()
     resizes: bool = False
     scale_betas: bool = False
+    epoch_examples: int | None = None
 
     def peak(self, step: int) -> float:
         """The peak under which the update after ``step`` updates runs."""
@@ -80,20 +83,24 @@ class Schedule:
     def progress(self, step: int) -> float:
         """Share of the run that is done after ``step`` updates.
 
-        Exact where the end is given in updates, or in examples and every update takes as many. Where the batch
-        changes, the examples of full batches are counted and an epoch's last, smaller one is spread over the run; a
-        run that was limited by time is spread evenly over its updates.
+        Exact where the end is given in updates, or in examples and every update takes as many, or the log says how
+        many an epoch has. A run that was limited by time is spread evenly over its updates.
         """
         plan = self.plan(step)
         if plan.in_examples and len(self.batches) > 1:
-            return self._examples(step) / max(plan.total, self._examples(self.steps))
+            beyond = max(step - self.steps, 0) * (self.batch_size(step) or 0)
+            return (self._examples[min(step, self.steps)] + beyond) / max(plan.total, self._examples[-1])
         return step / plan.updates
 
-    def _examples(self, step: int) -> float:
-        """Examples in the first ``step`` updates, all of them full."""
-        ends = [start for start, _ in self.batches[1:]] + [step]
-        parts = ((min(end, step) - start, size) for (start, size), end in zip(self.batches, ends, strict=True))
-        return float(sum(updates * size for updates, size in parts if updates > 0))
+    @cached_property
+    def _examples(self) -> list[int]:
+        """Examples in the first n updates, for every n; an epoch's last update may hold fewer than the others."""
+        done = [0]
+        for step in range(self.steps):
+            batch = self.batch_size(step) or 0
+            left = batch if self.epoch_examples is None else self.epoch_examples - done[-1] % self.epoch_examples
+            done.append(done[-1] + min(batch, left))
+        return done
 
     def rate(self, step: int) -> float:
         """The first group's learning rate in the update after ``step`` updates.
@@ -201,6 +208,7 @@ def schedule_of(decisions: list[Decision], name: str = "the log") -> Schedule:
         raise LogFormatError(f"{name} has no decision that sets a learning rate: the run ended before its first search")
     rates: Rates = "lr_multiplier" if setup is None else "peak_lr" if setup.numbers.get("scheduler") is True else "lr"
     ratios = None if setup is None else setup.numbers.get("lr_ratios")
+    examples = None if batch is None else batch.numbers.get("epoch_examples")
     return Schedule(
         plans=plans_of(decisions, steps),
         peaks=peaks,
@@ -214,4 +222,5 @@ def schedule_of(decisions: list[Decision], name: str = "the log") -> Schedule:
         ),
         resizes=batch is not None,
         scale_betas=batch is not None and batch.numbers.get("scale_betas") is True,
+        epoch_examples=examples if isinstance(examples, int) and examples > 0 else None,
     )

@@ -181,6 +181,7 @@ class AdaptiveBatchSize(Callback):
             "rule": self._controller.rule,
             "lr_scaling": self._rule,
             "scale_betas": self.scale_betas,
+            "epoch_examples": self._loader.sampler.examples * self._split.ranks,
         }
 
     def _go_on(self, trainer: Trainer, saved: dict[str, Any]) -> None:

@@ -52,9 +52,10 @@ def train(folder, callbacks, ckpt_path=None, workers=0, batch=8, **settings):
     L.seed_everything(1, verbose=False)
     model = Net(**{"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), **module})
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(900, 8, generator=generator)
-    y = (x[:, :3] + 1.5 * torch.randn(900, 3, generator=generator)).argmax(1)
-    data = TensorDataset(x, y, torch.arange(900))
+    # Not a multiple of any window: an epoch's last update is a short one.
+    x = torch.randn(905, 8, generator=generator)
+    y = (x[:, :3] + 1.5 * torch.randn(905, 3, generator=generator)).argmax(1)
+    data = TensorDataset(x, y, torch.arange(905))
     trainer = L.Trainer(
         **{
             "max_epochs": 4,
@@ -195,7 +196,7 @@ def test_what_does_not_fit_is_said(tmp_path):
     with pytest.raises(UnsupportedSetupError, match="keep one of them"):
         train(tmp_path / "b", [ReplaySchedule(path), AutoLRS()], **SGD)
     with pytest.warns(UserWarning, match="began with 8 examples an update, this one with 16"):
-        other, model = train(tmp_path / "b", [ReplaySchedule(path)], batch=16, max_epochs=4, **SGD)
+        _, model = train(tmp_path / "b", [ReplaySchedule(path)], batch=16, max_epochs=4, **SGD)
     largest = max(d.numbers["batch"] for d in read_decisions(path) if d.kind == "batch")
     assert max(map(len, model.seen)) == largest
     schedule = load_schedule(path)
@@ -222,6 +223,5 @@ def test_the_exported_schedule_follows_the_examples(tmp_path):
     rows = load_schedule(first[0].log_dir).rows()
     logged = [float(text) for text in column(first[0], "autotune/lr")]
     assert len(rows) == first[0].global_step == len(logged)
-    peak = max(logged)
-    assert max(abs(row["lr"] - rate) for row, rate in zip(rows, logged, strict=True)) < 0.01 * peak
+    assert [row["lr"] for row in rows] == pytest.approx(logged, rel=1e-9)
     assert rows[-1]["batch_size"] > rows[0]["batch_size"] == 8
