@@ -136,8 +136,11 @@ class Schedule:
     def rows(self) -> list[dict[str, Any]]:
         """One row an update: ``step``, a column called as :attr:`rates`, ``batch_size`` where known."""
         value = self.rate if self.rates == "lr" else self.peak
-        rows = [{"step": step, self.rates: value(step)} for step in range(self.steps)]
-        return [{**row, "batch_size": self.batch_size(row["step"])} for row in rows] if self.batches else rows
+        rows: list[dict[str, Any]] = []
+        for step in range(self.steps):
+            size = self.batch_size(step)
+            rows.append({"step": step, self.rates: value(step), **({} if size is None else {"batch_size": size})})
+        return rows
 
     def write_csv(self, file: TextIO) -> None:
         """Writes :meth:`rows` as CSV, floats in full."""

@@ -215,7 +215,7 @@ def move(trainer: Any, loader: ResizableLoader, now: Split, wanted: Split) -> in
     Returns:
         The first update that is wholly made of ``wanted``.
     """
-    ready, length = loader.ready(trainer), trainer.accumulate_grad_batches
+    ready, length = loader.ready(trainer), int(trainer.accumulate_grad_batches)
     first = loader.resize(trainer, wanted.micro) if wanted.micro != now.micro else ready
     total = int(trainer.num_training_batches)
     start = min(-(-max(first, ready) // wanted.accumulate) * wanted.accumulate, total)
