@@ -15,8 +15,9 @@ from itertools import islice
 from typing import Any
 
 from autotune.callbacks._probe import ProbeSet
+from autotune.callbacks._trainer.bar import SearchBar
 from autotune.callbacks._trainer.data import Replay, data_state, second_loader
-from autotune.callbacks._trainer.facts import BarText, surroundings
+from autotune.callbacks._trainer.facts import surroundings
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
 from autotune.forecast.published import published_forecast
 from autotune.pystate import Attributes
@@ -38,6 +39,7 @@ class PlannedLeg:
     Attributes:
         searcher: Makes what proposes them, given the answer of the leg before (None for the first).
         begin: Makes its first state from the probe of the present weights and the search's trials so far.
+        candidates: How many are planned at most.
         shape: Of a trial's rate; its ``steps`` are the trial's length.
         level: Share of its peak at which the run's rate stands now; a candidate is a peak.
         forecast_to: Extrapolate each trial's training loss to this step (AutoLRS as published); None reads the probe.
@@ -47,6 +49,7 @@ class PlannedLeg:
 
     searcher: Callable[[Recommendation | None], Search]
     begin: Callable[[Search, Probe, tuple[Outcome, ...]], SearchState]
+    candidates: int
     shape: TrialShape
     level: float = 1.0
     forecast_to: int | None = None
@@ -159,15 +162,15 @@ class Trials:
         """
         assert self.probe_set is not None
         began = time.monotonic()
-        bar = BarText(self._trainer)
+        bar = SearchBar(self._trainer, [(leg.candidates, leg.shape.steps) for leg in legs])
         batches = self._replay(self._seed + 104729 * (index + 1))
         try:
             with self._sealed() as loop:
                 result = SearchResult(self.probe_set(loop), cost=self.probe_set.cost)
                 self._snapshot.restore()
                 if math.isfinite(result.start.loss):
-                    for leg in legs:
-                        self._run_leg(loop, leg, batches, result, bar, f"AutoLRS search {index + 1}", allowance)
+                    for number, leg in enumerate(legs):
+                        self._run_leg(loop, leg, number, batches, result, bar, allowance)
         finally:
             bar.clear()
         result.seconds = time.monotonic() - began
@@ -177,10 +180,10 @@ class Trials:
         self,
         loop: SideLoop,
         leg: PlannedLeg,
+        number: int,
         batches: Replay,
         result: SearchResult,
-        bar: BarText,
-        text: str,
+        bar: SearchBar,
         allowance: float,
     ) -> None:
         searcher = leg.searcher(result.recommendation)
@@ -190,9 +193,9 @@ class Trials:
         while (proposal := searcher.ask(state)) is not None:
             if result.cost + leg.shape.steps + max(1, leg.evaluations) * self.probe_cost > allowance:
                 break
+            bar.trial(number, tried)
             tried += 1
-            bar_text = f"{text}: trial {len(result.outcomes) + 1}"
-            outcome, reason = self._trial(loop, proposal.log_lr, leg, batches, best, bar, bar_text)
+            outcome, reason = self._trial(loop, proposal.log_lr, leg, batches, best, bar)
             self._snapshot.restore()
             loop.rewind()
             result.outcomes.append(outcome)
@@ -218,8 +221,7 @@ class Trials:
         leg: PlannedLeg,
         batches: Replay,
         best: Outcome | None,
-        bar: BarText,
-        text: str,
+        bar: SearchBar,
     ) -> tuple[Outcome, str]:
         assert self.probe_set is not None
         stopper = TrialStopper()
@@ -227,14 +229,11 @@ class Trials:
         source = iter(batches)
         curve: list[float] = []
         probes: list[float] = []
-        shown = 0.0
         for step in range(steps):
             rate = lr * leg.level * leg.shape(step)
             self._set_rates([rate * ratio for ratio in self._ratios])
             curve.append(loop.train_step(list(islice(source, self._window()))))
-            if time.monotonic() - shown > 0.2:
-                shown = time.monotonic()
-                bar.show(f"{text}, step {step + 1}/{steps}")
+            bar.step()
             verdict = stopper.judge(curve, None if best is None else list(best.curve), steps, curve[0])
             if verdict.stop and (leg.stop_early or verdict.status == "diverged"):
                 loss = _stopped_at(curve, best)

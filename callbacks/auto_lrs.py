@@ -8,12 +8,12 @@ from lightning.pytorch.callbacks import Callback
 
 from autotune.callbacks._lr_run import LRRun
 from autotune.callbacks._run_log import RunLog
+from autotune.callbacks._trainer.bar import show_on_bar
 from autotune.callbacks._trainer.data import refuse_one_shot
 from autotune.callbacks._trainer.facts import (
     early_stopping_waits,
     inform,
     logs_now,
-    show_on_bar,
     training_loss,
     versions,
     window_end,
