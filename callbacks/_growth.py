@@ -65,6 +65,10 @@ class Watch:
         if ranks is not None:
             # NaN compares as nothing: infinity speaks for it on every rank.
             value = ranks.worst(value if math.isfinite(value) else math.inf, loss.device)
+            if not self._since:
+                # What is usual differs from rank to rank; a verdict on each rank's own would let one undo alone.
+                agreed = [ranks.worst(u if math.isfinite(u) else math.inf, loss.device) for u in self._usual]
+                self._usual = (agreed[0], agreed[1]) if math.isfinite(sum(agreed)) else (math.nan, math.nan)
         self._since.append(value)
         exploded = self._exploded()
         if not exploded and len(self._since) >= WATCHED:
