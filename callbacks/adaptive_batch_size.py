@@ -18,6 +18,7 @@ from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsuppo
 from autotune.callbacks._trainer.measure import LoopMeter
 from autotune.callbacks._trainer.resize import ResizableLoader
 from autotune.callbacks._trainer.resume import DataPosition
+from autotune.callbacks._trainer.schedules import ExampleSchedules
 from autotune.decision import Decision
 from autotune.errors import ConfigurationError
 from autotune.noise.microbatch import Extras
@@ -80,6 +81,7 @@ class AdaptiveBatchSize(Callback):
         self._batch: Any = None
         self._loader = ResizableLoader()
         self._windows = Windows(self._sizes, self._short)
+        self._schedules = ExampleSchedules(self._loader)
         self._position = DataPosition()
         self._trainer: weakref.ref[Trainer] | None = None
 
@@ -125,6 +127,7 @@ class AdaptiveBatchSize(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loaders are set up: plans, or goes on where a resumed run stopped."""
         self._loader.start(trainer)
+        self._schedules.attach(trainer)
         saved, self._saved = self._saved, None
         tools = Tools(self._loader, self._windows, self._meter)
         self._run = BatchRun(self._settings, trainer, pl_module, tools, saved, self.decisions)
@@ -184,6 +187,7 @@ class AdaptiveBatchSize(Callback):
     def _leave(self, trainer: Trainer) -> None:
         self._meter.stop()
         self._windows.detach(trainer)
+        self._schedules.detach(trainer)
         self._loader.detach(trainer)
         if self._owns_position(trainer):
             self._position.detach(trainer)

@@ -41,6 +41,7 @@ class ResizableLoader:
         self._started = False
         self.first_size = 0
         self.first_batches = 0
+        self.first_accumulate = 1
         self._check_every: float | None = None
         self._units = 0
         self._resized = False
@@ -102,7 +103,8 @@ class ResizableLoader:
         self.first_size, self.first_batches = sampler.batch_size, batches
         if batches < len(sampler):
             sampler.limit_examples = batches * self.first_size
-        sampler.planned_updates = -(-batches // int(trainer.accumulate_grad_batches))
+        self.first_accumulate = int(trainer.accumulate_grad_batches)
+        sampler.planned_updates = -(-batches // self.first_accumulate)
         self._check_every = None if trainer.val_check_batch is None else float(trainer.val_check_batch)
         if self._started:
             self._apply_saved(trainer)
@@ -197,6 +199,17 @@ class ResizableLoader:
         if batches >= trainer.num_training_batches:
             return self.first_batches
         return min(self.sampler.seen(batches) // self.first_size, self.first_batches)
+
+    def grown(self, trainer: Any) -> bool:
+        """Whether updates are not what the run was planned with."""
+        return self._resized or int(trainer.accumulate_grad_batches) != self.first_accumulate
+
+    def planned_updates_done(self, trainer: Any) -> list[int]:
+        """The planned updates that the update just done stands for: for each, the planned batches up to its end."""
+        ready, k = self.ready(trainer), int(trainer.accumulate_grad_batches)
+        before = self._units_at(trainer, (ready - 1) // k * k)
+        done = range(before + 1, self._units_at(trainer, ready) + 1)
+        return [at for at in done if at % self.first_accumulate == 0 or at == self.first_batches]
 
     def _set_due(self, trainer: Any, due: bool) -> None:
         self._due = due

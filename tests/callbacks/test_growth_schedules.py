@@ -56,3 +56,50 @@ def test_the_length_is_the_planned_one_before_and_after_a_resume(tmp_path):
     fit(tmp_path, resumed, ckpt=tmp_path / "mid.ckpt", val_check_interval=20)
     assert whole.planned == resumed.planned == 75
     assert resumed.rates == whole.rates[12:]
+
+
+class MemoryLimit(L.Callback):
+    """Micro-batches end at five examples: growth has to accumulate."""
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.callbacks[0]._windows.piece_limit = 5
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("frequency", [1, 5])
+@pytest.mark.parametrize("extra", [[], [MemoryLimit()]], ids=["micro", "accumulated"])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_step_schedule_stands_where_it_was_planned_to(tmp_path, accumulate, frequency, extra, workers):
+    options = {"accumulate_grad_batches": accumulate, "workers": workers}
+    model, plain = Scheduled(frequency), Scheduled(frequency)
+    trainer, callback = fit(tmp_path, model, *extra, batch=16 * accumulate, **options)
+    reference, _ = fit(tmp_path, plain, batch=1, **options)
+    assert len(model.rates) < len(plain.rates)
+    assert callback.batch_size > 4 * accumulate
+    planned = dict(zip(_examples_before(plain), plain.rates, strict=True))
+    for examples, rate in zip(_examples_before(model), model.rates, strict=True):
+        # Where no planned update began at that example, the one under way there counts.
+        assert rate == planned[max(at for at in planned if at <= examples)]
+    ends = [one.lr_scheduler_configs[0].scheduler.last_epoch for one in (trainer, reference)]
+    assert ends[0] == ends[1]
+
+
+def _examples_before(model):
+    counts = [int((weights > 0).sum()) for weights in model.updates]
+    return [sum(counts[:index]) for index in range(len(counts))]
+
+
+def test_with_max_steps_an_update_is_a_step(tmp_path):
+    model = Scheduled()
+    trainer, callback = fit(tmp_path, model, max_steps=40, max_epochs=-1)
+    assert callback.batch_size == 16
+    assert trainer.global_step == model.planned == 40
+    assert model.rates == pytest.approx([1 - step / 40 for step in range(40)])
+
+
+def test_a_resumed_run_steps_on_from_where_it_was(tmp_path):
+    whole, resumed = Scheduled(), Scheduled()
+    fit(tmp_path, whole, Save(tmp_path / "mid.ckpt", 9))
+    fit(tmp_path, resumed, ckpt=tmp_path / "mid.ckpt")
+    assert resumed.rates == whole.rates[9:]
+    assert whole.rates[-1] < 0.2
