@@ -98,7 +98,7 @@ class BatchRun:
             ceiling = sampler.examples * ranks // UPDATES_AN_EPOCH
         self._state: BatchState = self._controller.init(self._split.examples, ceiling)
         if saved is not None:
-            self._go_on(trainer, saved)
+            self._go_on(trainer, module, saved)
 
     @property
     def batch_size(self) -> int:
@@ -262,14 +262,17 @@ class BatchRun:
             "next": None if self._next is None else list(astuple(self._next)),
             "effective": self._effective,
             "gain": self._gain,
+            "before": list(astuple(self._before)),
+            "watch": self._watch.state_dict(),
             "rates": self._rates.state_dict(),
             "piece_limit": self.tools.windows.piece_limit,
         }
 
-    def _go_on(self, trainer: Any, saved: dict[str, Any]) -> None:
+    def _go_on(self, trainer: Any, module: nn.Module, saved: dict[str, Any]) -> None:
         self._noise = NoiseState.from_state_dict(saved["noise"])
         self._state = BatchState.from_state_dict(saved["batch"])
-        self._split = Split(*saved["split"])
+        self._split, self._before = Split(*saved["split"]), Split(*saved["before"])
+        self._watch.load_state_dict(saved["watch"], module, trainer.optimizers[0])
         self._next = None if saved["next"] is None else Split(*saved["next"])
         self._effective, self._gain = saved["effective"], saved["gain"]
         self._rates.load_state_dict(saved["rates"])

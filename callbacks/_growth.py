@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from autotune.callbacks._trainer.rates import ScaledSteps, current_rates, set_rates
 from autotune.noise.ranks import Ranks
-from autotune.snapshot import OptimizerState, Snapshot, Weights
+from autotune.snapshot import OptimizerState, Weights
 
 #: Updates of history behind the usual loss, and updates for which a growth is watched.
 HISTORY = 32
 WATCHED = 16
 #: Losses that are averaged before they count as an explosion.
 RECENT = 3
+#: Settings of an optimizer's groups that a growth may change beside the rate.
+SCALED = ("betas", "eps")
 
 
 class Watch:
@@ -26,8 +28,10 @@ class Watch:
     def __init__(self) -> None:
         self._losses: deque[Tensor] = deque(maxlen=HISTORY)
         self._window: list[Tensor] = []
-        self._snapshot: Snapshot | None = None
+        self._weights: Weights | None = None
+        self._state: OptimizerState | None = None
         self._optimizer: Any = None
+        self._groups: list[dict[str, Any]] = []
         self._usual = (math.nan, math.nan)
         self._since: list[float] = []
 
@@ -40,7 +44,7 @@ class Watch:
     @property
     def active(self) -> bool:
         """Whether a growth is being watched."""
-        return self._snapshot is not None
+        return self._weights is not None
 
     def begin(self, module: nn.Module, optimizer: Any) -> None:
         """The first update of a larger batch is about to run: remembers weights, optimizer and the usual loss."""
@@ -49,8 +53,10 @@ class Watch:
         mean = sum(finite) / len(finite) if finite else math.nan
         spread = math.sqrt(sum((loss - mean) ** 2 for loss in finite) / max(len(finite) - 1, 1)) if finite else math.nan
         self._usual, self._since, self._optimizer = (mean, spread), [], optimizer
-        self._snapshot = Snapshot([Weights(module), OptimizerState(optimizer)])
-        self._snapshot.capture()
+        self._groups = [{key: group[key] for key in SCALED if key in group} for group in optimizer.param_groups]
+        self._weights, self._state = Weights(module), OptimizerState(optimizer)
+        self._weights.capture()
+        self._state.capture()
 
     def update_done(self, ranks: Ranks | None) -> bool:
         """An update is done; True where the loss has exploded since :meth:`begin`."""
@@ -68,7 +74,7 @@ class Watch:
         self._since.append(value)
         exploded = self._exploded()
         if not exploded and len(self._since) >= WATCHED:
-            self._snapshot = None
+            self._weights = self._state = None
         return exploded
 
     def _exploded(self) -> bool:
@@ -87,12 +93,43 @@ class Watch:
 
     def undo(self) -> None:
         """Weights and optimizer go back; learning rates stay with whoever schedules them."""
-        assert self._snapshot is not None
+        assert self._weights is not None
+        assert self._state is not None
         rates = current_rates(self._optimizer)
-        self._snapshot.restore()
+        self._weights.restore()
+        self._state.restore()
         set_rates(self._optimizer, rates)
-        self._snapshot = None
+        for group, before in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(before)
+        self._weights = self._state = None
         self._losses.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Losses and, while a growth is watched, the way back: it makes that checkpoint about twice as large."""
+        kept = None
+        if self._weights is not None and self._state is not None:
+            groups = [{**group} for group in self._groups]
+            kept = {"weights": self._weights.state_dict(), "optimizer": self._state.state_dict(), "groups": groups}
+        return {
+            "losses": [float(loss) for loss in self._losses],
+            "window": [float(loss) for loss in self._window],
+            "usual": list(self._usual),
+            "since": list(self._since),
+            "kept": kept,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], module: nn.Module, optimizer: Any) -> None:
+        """The inverse of :meth:`state_dict`."""
+        device = next(module.parameters()).device
+        self._losses.extend(torch.tensor(loss, device=device) for loss in state["losses"])
+        self._window = [torch.tensor(loss, device=device) for loss in state["window"]]
+        self._usual, self._since = (state["usual"][0], state["usual"][1]), list(state["since"])
+        self._optimizer = optimizer
+        if state["kept"] is not None:
+            self._weights, self._state = Weights(module), OptimizerState(optimizer)
+            self._groups = state["kept"]["groups"]
+            self._weights.load_state_dict(state["kept"]["weights"])
+            self._state.load_state_dict(state["kept"]["optimizer"])
 
 
 def auto_lrs(trainer: Any) -> Any:
