@@ -94,7 +94,7 @@ class AutoLRS(Callback):
     @property
     def trial_steps(self) -> int:
         """Optimizer steps spent in trials so far."""
-        return self._trial_steps if self._run is None else self._run.trial_steps
+        return self._trial_steps if self._run is None else self._run.costs.trial_steps
 
     @property
     def decisions(self) -> list[Decision]:
@@ -187,7 +187,7 @@ class AutoLRS(Callback):
     def _release(self, trainer: Any) -> None:
         self._position.detach(trainer)
         if self._run is not None:
-            self._decisions, self._trial_steps = self._run.decisions, self._run.trial_steps
+            self._decisions, self._trial_steps = self._run.decisions, self._run.costs.trial_steps
             self._run.driver.remove()
             self._run = None
         RunLog.end(trainer)
