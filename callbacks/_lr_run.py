@@ -65,6 +65,7 @@ class LRRun:
         self._watch = LossWatch()
         self._outlook = _NO_OUTLOOK
         self._prepared = False
+        self._probe: dict[str, Any] | None = None
         self.plan = LRPlan(settings, trainer)
         self._searches = LRSearches(settings, self)
         if saved is not None:
@@ -146,7 +147,8 @@ class LRRun:
             self.costs.pay(steps, steps, first=True)
             self.plan.set_updates(self.plan.horizon.total / seconds)
         allowed = self._searches.policy.probe_steps(self.plan.searchable)
-        self.trials.prepare_probe(monitor=self.settings.monitor, mode=self.settings.mode, steps=allowed)
+        settings = self.settings
+        self.trials.prepare_probe(monitor=settings.monitor, mode=settings.mode, steps=allowed, saved=self._probe)
 
     def _check(self) -> Probe:
         """A probe of the present weights, counted by the machine."""
@@ -272,6 +274,7 @@ class LRRun:
             "costs": self.costs.state_dict(),
             "watch": self._watch.state_dict(),
             "plan": self.plan.state_dict(),
+            "probe": self._probe if self.trials.probe_set is None else self.trials.probe_set.state_dict(),
             "best": self._best.state_dict() if self.state.index else {},
         }
 
@@ -279,12 +282,12 @@ class LRRun:
         self.state = StageState.from_dict(saved["stage"])
         self.costs = Costs(**saved["costs"])
         self._watch.load_state_dict(saved["watch"])
+        self._probe = saved["probe"]
         scale = self.plan.load_state_dict(saved["plan"])
-        if not self.state.index:
-            return
-        self._best.load_state_dict(saved["best"])
-        if scale != 1.0:
-            self._move_clock(scale, "was another")
+        if self.state.index:
+            self._best.load_state_dict(saved["best"])
+            if scale != 1.0:
+                self._move_clock(scale, "was another")
 
     def _move_clock(self, scale: float, was: str) -> None:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from autotune.callbacks._probe import ProbeSet
+from autotune.callbacks._probe import ProbePlan, ProbeSet
 from autotune.callbacks._trainer.data import Replay, data_state, second_loader
 from autotune.callbacks._trainer.facts import BarText, surroundings
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
@@ -104,11 +104,14 @@ class Trials:
         self._snapshot = Snapshot.of_training(module, trainer.optimizers[0], extras)
         self.probe_set: ProbeSet | None = None
 
-    def prepare_probe(self, *, monitor: str | None, mode: str, steps: float) -> None:
-        """Chooses the probe batches, once a fit."""
+    def prepare_probe(
+        self, *, monitor: str | None, mode: str, steps: float, saved: dict[str, Any] | None = None
+    ) -> None:
+        """Chooses the probe batches, once a fit; those of a ``saved`` run again where it goes on."""
         if self.probe_set is None:
+            plan = ProbePlan.of(self._trainer, steps) if saved is None else ProbePlan(**saved)
             with self._snapshot.rolled_back():
-                self.probe_set = ProbeSet(self._trainer, monitor=monitor, mode=mode, seed=self._seed, steps=steps)
+                self.probe_set = ProbeSet(self._trainer, monitor=monitor, mode=mode, seed=self._seed, plan=plan)
 
     @property
     def monitor(self) -> list[str | None]:
