@@ -152,11 +152,16 @@ class Rates:
 
     def state_dict(self) -> dict[str, float]:
         """Primitives."""
-        return {"multiplier": self.multiplier, "searches": self._searches, "searched_at": self._searched_at}
+        return {
+            "multiplier": self.multiplier,
+            "searches": self._searches,
+            "searched_at": self._searched_at,
+            "batch": self._batch,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; ``AutoLRS`` restores its own rate."""
         self.multiplier = state["multiplier"]
-        self._searches, self._searched_at = state["searches"], state["searched_at"]
+        self._searches, self._searched_at, self._batch = state["searches"], state["searched_at"], state["batch"]
         if self._steps is not None:
             self._steps.multiplier = self.multiplier
