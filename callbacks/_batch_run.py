@@ -98,7 +98,7 @@ class BatchRun:
             ceiling = sampler.examples * ranks // UPDATES_AN_EPOCH
         self._state: BatchState = self._controller.init(self._split.examples, ceiling)
         if saved is not None:
-            self._go_on(trainer, saved)
+            self._go_on(trainer, module, saved)
 
     @property
     def batch_size(self) -> int:
@@ -264,9 +264,11 @@ class BatchRun:
             "gain": self._gain,
             "rates": self._rates.state_dict(),
             "piece_limit": self.tools.windows.piece_limit,
+            "before": list(astuple(self._before)),
+            "watch": self._watch.state_dict(),
         }
 
-    def _go_on(self, trainer: Any, saved: dict[str, Any]) -> None:
+    def _go_on(self, trainer: Any, module: nn.Module, saved: dict[str, Any]) -> None:
         self._noise = NoiseState.from_state_dict(saved["noise"])
         self._state = BatchState.from_state_dict(saved["batch"])
         self._split = Split(*saved["split"])
@@ -274,4 +276,7 @@ class BatchRun:
         self._effective, self._gain = saved["effective"], saved["gain"]
         self._rates.load_state_dict(saved["rates"])
         self.tools.windows.piece_limit = saved["piece_limit"]
-        trainer.accumulate_grad_batches = self._split.accumulate
+        self._before = Split(*saved["before"])
+        self._watch.load_state_dict(saved["watch"], module, trainer.optimizers[0])
+        # Between a decision and its effect the window may have its new length already.
+        trainer.accumulate_grad_batches = saved["accumulate"]

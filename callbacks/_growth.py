@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autotune.callbacks._trainer.rates import ScaledSteps, current_rates, set_rates
 from autotune.noise.ranks import Ranks
-from autotune.snapshot import OptimizerState, Snapshot, Weights
+from autotune.snapshot import OptimizerState, Weights
 
 #: Updates of history behind the usual loss, and updates for which a growth is watched.
 HISTORY = 32
@@ -26,7 +26,7 @@ class Watch:
     def __init__(self) -> None:
         self._losses: deque[Tensor] = deque(maxlen=HISTORY)
         self._window: list[Tensor] = []
-        self._snapshot: Snapshot | None = None
+        self._back: tuple[Weights, OptimizerState] | None = None
         self._optimizer: Any = None
         self._usual = (math.nan, math.nan)
         self._since: list[float] = []
@@ -40,35 +40,35 @@ class Watch:
     @property
     def active(self) -> bool:
         """Whether a growth is being watched."""
-        return self._snapshot is not None
+        return self._back is not None
 
     def begin(self, module: nn.Module, optimizer: Any) -> None:
         """The first update of a larger batch is about to run: remembers weights, optimizer and the usual loss."""
-        losses = torch.stack(list(self._losses)).tolist() if self._losses else []
+        losses = [float(loss) for loss in self._losses]
         finite = [loss for loss in losses if math.isfinite(loss)]
         mean = sum(finite) / len(finite) if finite else math.nan
         spread = math.sqrt(sum((loss - mean) ** 2 for loss in finite) / max(len(finite) - 1, 1)) if finite else math.nan
         self._usual, self._since, self._optimizer = (mean, spread), [], optimizer
-        self._snapshot = Snapshot([Weights(module), OptimizerState(optimizer)])
-        self._snapshot.capture()
+        self._back = Weights(module), OptimizerState(optimizer)
+        for part in self._back:
+            part.capture()
 
     def update_done(self, ranks: Ranks | None) -> bool:
         """An update is done; True where the loss has exploded since :meth:`begin`."""
         if not self._window:
             return False
         loss = torch.stack(self._window).mean()
+        if ranks is not None:
+            # Judged against the past and with the same verdict on every rank: a NaN on one is a NaN on all.
+            loss = ranks.add(loss) / ranks.size
         self._window = []
         self._losses.append(loss)
         if not self.active:
             return False
-        value = float(loss)
-        if ranks is not None:
-            # NaN compares as nothing: infinity speaks for it on every rank.
-            value = ranks.worst(value if math.isfinite(value) else math.inf, loss.device)
-        self._since.append(value)
+        self._since.append(float(loss))
         exploded = self._exploded()
         if not exploded and len(self._since) >= WATCHED:
-            self._snapshot = None
+            self._back = None
         return exploded
 
     def _exploded(self) -> bool:
@@ -85,13 +85,32 @@ class Watch:
         """The numbers behind the verdict."""
         return {"loss_before": self._usual[0], "loss_spread": self._usual[1], "loss_after": self._since[-1]}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The losses, and while a growth is watched the weights to go back to, as primitives and tensors."""
+        saved: dict[str, Any] = {"losses": [float(loss) for loss in self._losses], "back": None}
+        if self._back is not None:
+            saved |= {"back": [part.state_dict() for part in self._back], "usual": list(self._usual)}
+            saved["since"] = list(self._since)
+        return saved
+
+    def load_state_dict(self, saved: dict[str, Any], module: nn.Module, optimizer: Any) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._losses.extend(torch.tensor(loss) for loss in saved["losses"])
+        if saved["back"] is not None:
+            usual, spread = saved["usual"]
+            self._usual, self._since, self._optimizer = (usual, spread), list(saved["since"]), optimizer
+            self._back = Weights(module), OptimizerState(optimizer)
+            self._back[0].load_state_dict(saved["back"][0])
+            self._back[1].load_state_dict(saved["back"][1])
+
     def undo(self) -> None:
         """Weights and optimizer go back; learning rates stay with whoever schedules them."""
-        assert self._snapshot is not None
+        assert self._back is not None
         rates = current_rates(self._optimizer)
-        self._snapshot.restore()
+        for part in self._back:
+            part.restore()
         set_rates(self._optimizer, rates)
-        self._snapshot = None
+        self._back = None
         self._losses.clear()
 
 

@@ -20,6 +20,7 @@ from autotune.callbacks._lr_search import LRSearches, SearchOutcome
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.facts import inform
 from autotune.callbacks._trainer.horizon import exempt_from_time_limit
+from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.rates import RateDriver
 from autotune.callbacks._trials import Trials
 from autotune.decision import Decision
@@ -62,6 +63,7 @@ class LRRun:
             trainer, module, set_rates=self.driver.trial, ratios=self.driver.ratios, seed=settings.seed
         )
         self._best = BestWeights(module, optimizer)
+        self._ranks = Agreement(trainer)
         self._watch = LossWatch()
         self._outlook = _NO_OUTLOOK
         self._prepared = False
@@ -101,6 +103,7 @@ class LRRun:
 
     def after_update(self, loss: Tensor | None) -> None:
         """Takes in the training loss of an update that has been made."""
+        loss = self._ranks.mean_loss(loss)
         if loss is not None:
             self._watch.add(self.step, loss)
 
@@ -147,8 +150,7 @@ class LRRun:
             self.costs.pay(steps, steps, first=True)
             self.plan.set_updates(self.plan.horizon.total / seconds)
         allowed = self._searches.policy.probe_steps(self.plan.searchable)
-        settings = self.settings
-        self.trials.prepare_probe(monitor=settings.monitor, mode=settings.mode, steps=allowed, saved=self._probe)
+        self.trials.prepare_probe(self.settings, steps=allowed, saved=self._probe)
 
     def _check(self) -> Probe:
         """A probe of the present weights, counted by the machine."""
@@ -197,7 +199,8 @@ class LRRun:
             self.record("forecast", "refuse", "the search budget has no room for the probes", numbers=numbers)
             return
         now = self._check()
-        self._outlook = look_ahead(self._watch.trace, self.state.start_probe, now, self.step, self._end_step())
+        outlook = look_ahead(self._watch.trace, self.state.start_probe, now, self.step, self._end_step())
+        self._outlook = self._ranks.of_zero(outlook)
         trusted = self._outlook.trusted
         self.state = self.plan.machine.predicted(self.state, self._outlook.interval if trusted else None)
         if trusted:
@@ -291,11 +294,7 @@ class LRRun:
 
     def _move_clock(self, scale: float, was: str) -> None:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""
-        state, progress, machine = self.state, self.plan.progress, self.plan.machine
-        end = state.end * scale
-        if state.end >= 1.0 or not progress < end < 1.0:
-            end = min(progress + machine.length(state.index - 1), 1.0)
-        self.state = replace(state, start=state.start * scale, end=end, forecast_due=state.forecast_due * scale)
+        self.state = self.plan.moved(self.state, scale)
         horizon = self.plan.horizon
         reason = f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew"
         self.record("setup", "replan", reason, numbers={"unit": horizon.unit, "total": horizon.total})

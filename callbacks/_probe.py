@@ -13,6 +13,7 @@ import torch
 from autotune.callbacks._trainer.data import Batches, examples_in, second_loader, single_loader
 from autotune.callbacks._trainer.facts import validation_loader
 from autotune.callbacks._trainer.horizon import batch_examples
+from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop
 from autotune.errors import MonitorError
 from autotune.stage.budget import EVALUATION_STEPS
@@ -79,6 +80,7 @@ class ProbeSet:
 
     def __init__(self, trainer: Any, *, monitor: str | None, mode: str, seed: int, plan: ProbePlan) -> None:
         self._trainer = trainer
+        self._ranks = Agreement(trainer)
         self._wanted = monitor
         self._seed = seed
         self._plan = plan
@@ -89,7 +91,8 @@ class ProbeSet:
         self.cost = self._cost()
 
     def _cost(self) -> float:
-        return EVALUATION_STEPS * sum(part.examples for part in self._parts) / self._plan.update
+        # Ranks may hold different numbers of examples, and have to agree on what they can afford.
+        return EVALUATION_STEPS * self._ranks.total(sum(part.examples for part in self._parts)) / self._plan.update
 
     @property
     def monitor(self) -> str | None:
@@ -125,8 +128,8 @@ class ProbeSet:
         taken: list[Any] = []
         count = 0
         for batch in islice(source, None if math.isinf(limit) else int(limit)):
-            size = examples_in(batch) * int(self._trainer.world_size)
-            if len(taken) >= 2 and count + size > examples:
+            size = examples_in(batch)
+            if len(taken) >= 2 and (count + size) * int(self._trainer.world_size) > examples:
                 break
             taken.append(batch)
             count += size
@@ -143,14 +146,21 @@ class ProbeSet:
         torch.manual_seed(self._seed)
         logged = loop.evaluate(self._validation, self._parts) if self._validation is not None else {}
         if not self._plan.resolved:
-            self._resolve(list(logged))
+            self._resolve(self._ranks.common(list(logged)))
         if self.monitor is not None:
             value, batches = logged[self.monitor]
-            return Probe(self._sign * value, tuple(self._sign * item for item in batches))
+            return self._agreed(self._sign * value, [self._sign * item for item in batches])
         if self._validation is not None:
             self._switch_to_training()
         losses = loop.training_losses(batch for part in self._parts for batch in part)
-        return Probe(math.fsum(losses) / len(losses) if losses else math.nan, tuple(losses))
+        return self._agreed(math.fsum(losses) / len(losses) if losses else math.nan, losses)
+
+    def _agreed(self, value: float, batches: list[float]) -> Probe:
+        """The same on every rank: means over them; no single batches where ranks have unequally many."""
+        if len(set(self._ranks.gather(len(batches)))) > 1:
+            batches = []
+        value, *batches = self._ranks.mean([value, *batches])
+        return Probe(value, tuple(batches))
 
     def _resolve(self, logged: list[str]) -> None:
         monitor, why = self._asked(logged) if self._wanted is not None else self._found(logged)
@@ -162,6 +172,8 @@ class ProbeSet:
         where = "validation logs " + (", ".join(sorted(logged)) if logged else "nothing")
         if self._validation is None:
             where = "there is no validation loader, so nothing is logged in validation"
+        elif self._ranks.size > 1:
+            where += " on every rank (a name that only some ranks log does not count)"
         raise MonitorError(
             f"AutoLRS(monitor={self._wanted!r}): this name is not logged in validation; {where}. "
             f"Log it in validation_step by self.log({self._wanted!r}, ...), or leave monitor=None"

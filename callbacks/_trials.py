@@ -17,6 +17,7 @@ from typing import Any
 from autotune.callbacks._probe import ProbePlan, ProbeSet
 from autotune.callbacks._trainer.data import Replay, data_state, second_loader
 from autotune.callbacks._trainer.facts import BarText, surroundings
+from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
 from autotune.forecast.published import published_forecast
 from autotune.pystate import Attributes
@@ -26,6 +27,7 @@ from autotune.search.observation import Status
 from autotune.snapshot import Snapshot
 from autotune.stage.machine import Probe
 from autotune.stage.schedule import TrialShape
+from autotune.stage.settings import LRSettings
 
 #: Steps made to learn how long one takes; the median leaves the first, slow ones out.
 _TIMING_STEPS = 5
@@ -97,6 +99,7 @@ class Trials:
         seed: int,
     ) -> None:
         self._trainer = trainer
+        self._ranks = Agreement(trainer)
         self._set_rates = set_rates
         self._ratios = list(ratios)
         self._seed = seed
@@ -104,14 +107,13 @@ class Trials:
         self._snapshot = Snapshot.of_training(module, trainer.optimizers[0], extras)
         self.probe_set: ProbeSet | None = None
 
-    def prepare_probe(
-        self, *, monitor: str | None, mode: str, steps: float, saved: dict[str, Any] | None = None
-    ) -> None:
+    def prepare_probe(self, settings: LRSettings, *, steps: float, saved: dict[str, Any] | None = None) -> None:
         """Chooses the probe batches, once a fit; those of a ``saved`` run again where it goes on."""
         if self.probe_set is None:
             plan = ProbePlan.of(self._trainer, steps) if saved is None else ProbePlan(**saved)
+            chosen = {"monitor": settings.monitor, "mode": settings.mode, "seed": self._seed}
             with self._snapshot.rolled_back():
-                self.probe_set = ProbeSet(self._trainer, monitor=monitor, mode=mode, seed=self._seed, plan=plan)
+                self.probe_set = ProbeSet(self._trainer, plan=plan, **chosen)
 
     @property
     def monitor(self) -> list[str | None]:
@@ -150,7 +152,7 @@ class Trials:
                 began = time.monotonic()
                 loop.train_step(list(islice(source, self._window())))
                 times.append(time.monotonic() - began)
-        return max(sorted(times)[len(times) // 2], 1e-6), _TIMING_STEPS
+        return self._ranks.of_zero(max(sorted(times)[len(times) // 2], 1e-6)), _TIMING_STEPS
 
     def search(self, legs: Sequence[PlannedLeg], *, index: int, allowance: float) -> SearchResult:
         """Tries the candidates of one leg after the other, each leg knowing the trials of those before.
@@ -190,7 +192,8 @@ class Trials:
         state = leg.begin(searcher, result.start, tuple(result.outcomes))
         best: Outcome | None = None
         tried = 0
-        while (proposal := searcher.ask(state)) is not None:
+        # Rank zero proposes and recommends: two machines' fits may differ in the last bit.
+        while (proposal := self._ranks.of_zero(searcher.ask(state))) is not None:
             if result.cost + leg.shape.steps + max(1, leg.evaluations) * self.probe_cost > allowance:
                 break
             tried += 1
@@ -206,7 +209,7 @@ class Trials:
             if outcome.status == "finished" and (best is None or outcome.loss < best.loss):
                 best = outcome
         if tried and any(outcome.status != "diverged" for outcome in result.outcomes):
-            result.recommendation = searcher.recommend(state)
+            result.recommendation = self._ranks.of_zero(searcher.recommend(state))
 
     @staticmethod
     def _probes_made(leg: PlannedLeg, outcome: Outcome) -> int:
@@ -234,7 +237,7 @@ class Trials:
         for step in range(steps):
             rate = lr * leg.level * leg.shape(step)
             self._set_rates([rate * ratio for ratio in self._ratios])
-            curve.append(loop.train_step(list(islice(source, self._window()))))
+            curve += self._ranks.mean([loop.train_step(list(islice(source, self._window())))])
             if time.monotonic() - shown > 0.2:
                 shown = time.monotonic()
                 bar.show(f"{text}, step {step + 1}/{steps}")
