@@ -52,7 +52,9 @@ class TensorCopies:
 
     def save(self, tensors: Iterable[Tensor]) -> None:
         """Copies ``tensors``; buffers of earlier calls serve again where the layout is the same."""
-        self._tensors = [written_once(tensor.detach()) for tensor in tensors]
+        # .data, not detach(): a checkpoint saved in the middle of a backward pass puts the training state back for a
+        # moment, and autograd, which counts writes, would refuse to go on though every value is the same again.
+        self._tensors = [written_once(tensor.data) for tensor in tensors]
         spare = self._buffers
         self._buffers = [
             spare[index] if index < len(spare) and _same_layout(spare[index], tensor) else _buffer_for(tensor)

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from autotune.callbacks._trials import PlannedLeg, SearchResult
+from autotune.callbacks._trial import PlannedLeg
+from autotune.callbacks._trials import SearchResult
 from autotune.search import (
     BracketSearch,
     GridSearch,
@@ -188,7 +189,7 @@ class LRSearches:
         if not math.isfinite(result.start.loss):
             problem = f"the loss is {result.start.loss} before any trial, so there is nothing to search by"
         else:
-            problem = "no trial could be ranked"
+            problem = result.problem or "no trial could be ranked"
         if current is not None:
             return current, "keep_lr", f"{problem}: the current rate stays"
         finished = [outcome for outcome in result.outcomes if outcome.status == "finished"]
