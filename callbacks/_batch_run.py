@@ -262,19 +262,21 @@ class BatchRun:
             "next": None if self._next is None else list(astuple(self._next)),
             "effective": self._effective,
             "gain": self._gain,
-            "before": list(astuple(self._before)),
-            "watch": self._watch.state_dict(),
             "rates": self._rates.state_dict(),
             "piece_limit": self.tools.windows.piece_limit,
+            "before": list(astuple(self._before)),
+            "watch": self._watch.state_dict(),
         }
 
     def _go_on(self, trainer: Any, module: nn.Module, saved: dict[str, Any]) -> None:
         self._noise = NoiseState.from_state_dict(saved["noise"])
         self._state = BatchState.from_state_dict(saved["batch"])
-        self._split, self._before = Split(*saved["split"]), Split(*saved["before"])
-        self._watch.load_state_dict(saved["watch"], module, trainer.optimizers[0])
+        self._split = Split(*saved["split"])
         self._next = None if saved["next"] is None else Split(*saved["next"])
         self._effective, self._gain = saved["effective"], saved["gain"]
         self._rates.load_state_dict(saved["rates"])
         self.tools.windows.piece_limit = saved["piece_limit"]
-        trainer.accumulate_grad_batches = self._split.accumulate
+        self._before = Split(*saved["before"])
+        self._watch.load_state_dict(saved["watch"], module, trainer.optimizers[0])
+        # Between a decision and its effect the window may have its new length already.
+        trainer.accumulate_grad_batches = saved["accumulate"]

@@ -63,15 +63,14 @@ class Watch:
         if not self._window:
             return False
         loss = torch.stack(self._window).mean()
+        if ranks is not None:
+            # Judged against the past and with the same verdict on every rank: a NaN on one is a NaN on all.
+            loss = ranks.add(loss) / ranks.size
         self._window = []
         self._losses.append(loss)
         if not self.active:
             return False
-        value = float(loss)
-        if ranks is not None:
-            # NaN compares as nothing: infinity speaks for it on every rank.
-            value = ranks.worst(value if math.isfinite(value) else math.inf, loss.device)
-        self._since.append(value)
+        self._since.append(float(loss))
         exploded = self._exploded()
         if not exploded and len(self._since) >= WATCHED:
             self._weights = self._state = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import asdict
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,7 @@ from autotune.batch.scaling import SCALINGS, Scaling
 from autotune.callbacks._batch_run import BatchRun, BatchSettings, Tools
 from autotune.callbacks._growth import auto_lrs
 from autotune.callbacks._run_log import RunLog
+from autotune.callbacks._saved import check_origin, stamp
 from autotune.callbacks._trainer.accumulation import Windows
 from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.measure import LoopMeter
@@ -22,6 +24,8 @@ from autotune.callbacks._trainer.schedules import ExampleSchedules
 from autotune.decision import Decision
 from autotune.errors import ConfigurationError
 from autotune.noise.microbatch import Extras
+
+_STATE_VERSION = 1
 
 
 class AdaptiveBatchSize(Callback):
@@ -212,12 +216,23 @@ class AdaptiveBatchSize(Callback):
         if trainer is None or self._run is None:
             return {}
         return {
+            **stamp(_STATE_VERSION, self._stamped()),
             **self._run.state_dict(),
+            "accumulate": int(trainer.accumulate_grad_batches),
             "loader": self._loader.state_dict(trainer),
             "position": self._position.state_dict(trainer) if self._owns_position(trainer) else None,
             "decisions": [decision.to_dict() for decision in self.decisions],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the fit starts: loaders and optimizer are not there yet."""
+        """Kept until the fit starts: loaders and optimizer are not there yet.
+
+        Raises:
+            StateError: The state is another version's, or of other settings.
+        """
+        if state_dict:
+            check_origin("AdaptiveBatchSize", _STATE_VERSION, self._stamped(), state_dict)
         self._saved = state_dict or None
+
+    def _stamped(self) -> dict[str, Any]:
+        return {**asdict(self._settings), "loss_reduction": self._meter.loss_reduction}
