@@ -2,9 +2,15 @@
 
 Notation: as in :mod:`autotune.search.surrogate`; c is the log learning rate to start from, g the bracket's gap.
 
-The trials are at c and c - g; then at c - 2g if that was better or about equal and at c + g if not; then where the
-surrogate's lower confidence bound is lowest, within a gap of the best. The answer is the surrogate's minimum near the
-best trial. "About equal" is within ``level`` of the progress the better of the two has made.
+The trials are at c and c - g; then at c - 2g if that was better or about equal and at c + g if not; any more where the
+surrogate's lower confidence bound is lowest, within a gap of the best. "About equal" is within ``level`` of the
+progress the better of the two has made.
+
+The answer is the surrogate's minimum near the best trial; from there up while the surrogate stays within ``tie`` of
+that minimum and below the highest trial that finished. For of two rates that do equally well in a short trial the
+higher one is mostly the better one over a long run: networks whose trials show a level valley (perceptrons, BatchNorm,
+fine-tuning) lost up to half of their progress to the lower end. The drift between horizons, which the surrogate learns
+too, is not used: over twelve workloads it did not pay (``examples/benchmark/FINDINGS.md``).
 
 Down comes first because of what lies above: a rate that is too high for a transformer takes its loss to the level of
 the bytes' frequencies and leaves it there, so that all rates above the edge end equal. A surrogate that starts on such
@@ -15,14 +21,17 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from autotune.errors import ConfigurationError
 from autotune.search.acquisition import Proposal, propose
 from autotune.search.optimizer import LRSearch
 from autotune.search.space import LogSpace
 from autotune.search.state import Outcome, SearchState
-from autotune.search.surrogate import SurrogatePrior
+from autotune.search.surrogate import Posterior, SurrogatePrior
 
 _GRID = 81
+_FINE_GRID = 561  # 80 points a decade where the space is the usual one
 
 
 class BracketSearch(LRSearch):
@@ -34,7 +43,8 @@ class BracketSearch(LRSearch):
         candidates: Trials.
         gap: Between neighbours, in decades.
         level: Share of the progress within which two trials count as equal, so that the walk goes on down.
-        near: The answer lies this close to the best trial, in decades.
+        near: The surrogate's minimum is looked for this close to the best trial, in decades.
+        tie: Share of a trial's progress that a higher rate may be worse by and still be the answer.
         beta: Weight of the uncertainty in the bound.
         prior: Of the surrogate.
 
@@ -47,22 +57,25 @@ class BracketSearch(LRSearch):
         centre: float,
         space: LogSpace | None = None,
         *,
-        candidates: int = 4,
+        candidates: int = 3,
         gap: float = 0.5,
         level: float = 0.03,
         near: float = 0.25,
+        tie: float = 0.02,
         beta: float = 0.5,
         prior: SurrogatePrior | None = None,
     ) -> None:
         super().__init__(space, candidates=candidates, beta=beta, min_progress=0.0, prior=prior)
-        if not (gap > 0 and near >= 0 and 0 < centre < math.inf):
+        if not (gap > 0 and near >= 0 and tie >= 0 and 0 < centre < math.inf):
             raise ConfigurationError(
-                f"BracketSearch: centre and gap above 0, near at least 0; got {centre!r}, {gap!r}, {near!r}"
+                "BracketSearch: centre and gap above 0, near and tie at least 0; "
+                f"got {centre!r}, {gap!r}, {near!r}, {tie!r}"
             )
         self.centre = self.space.clip(math.log(centre))
         self.gap = gap * math.log(10.0)
         self.level = level
         self.near = near * math.log(10.0)
+        self.tie = tie
 
     def ask(self, state: SearchState) -> Proposal | None:
         """The next trial, or None when all candidates were tried or the space holds no new one."""
@@ -105,6 +118,18 @@ class BracketSearch(LRSearch):
         if not finished or not self.near:
             return super()._reach(state)
         return self.space.around(min(finished, key=_loss).log_lr, math.exp(self.near))
+
+    def _answer(self, posterior: Posterior, state: SearchState, optimum: float) -> tuple[float, str]:
+        finished = [outcome.log_lr for outcome in state.outcomes if outcome.status == "finished"]
+        above = self.space.grid(_FINE_GRID)
+        above = above[(above > optimum) & (above <= max(finished, default=optimum) + 1e-9)]
+        if not len(above):
+            return optimum, "the answer"
+        mean, _ = posterior.predict(torch.cat([above.new_tensor([optimum]), above]), state.horizon_steps)
+        level = int((mean[1:] <= mean[0] + self.tie).long().cumprod(0).sum())
+        if not level:
+            return optimum, "the answer"
+        return float(above[level - 1]), f"and no more than {self.tie:.0%} of a trial's progress worse up to the answer"
 
 
 def _loss(outcome: Outcome) -> float:
