@@ -6,11 +6,11 @@ The trials are at c and c - g; then at c - 2g if that was better or about equal 
 surrogate's lower confidence bound is lowest, within a gap of the best. "About equal" is within ``level`` of the
 progress the better of the two has made.
 
-The answer is the surrogate's minimum near the best trial; from there up while the surrogate stays within ``tie`` of
-that minimum and below the highest trial that finished. For of two rates that do equally well in a short trial the
-higher one is mostly the better one over a long run: networks whose trials show a level valley (perceptrons, BatchNorm,
-fine-tuning) lost up to half of their progress to the lower end. The drift between horizons, which the surrogate learns
-too, is not used: over twelve workloads it did not pay (``examples/benchmark/FINDINGS.md``).
+The answer is the surrogate's minimum near the best trial, or the highest rate of a trial that ended within ``tie`` of
+the best one, whichever is higher: of two rates that do equally well in a short trial the higher one is mostly the
+better one over a long run (networks whose trials show a level valley, such as perceptrons, BatchNorm and fine-tuning,
+lost up to half of their progress to its lower end). The drift between horizons, which the surrogate learns too, is not
+used: it did not pay (``examples/benchmark/FINDINGS.md``).
 
 Down comes first because of what lies above: a rate that is too high for a transformer takes its loss to the level of
 the bytes' frequencies and leaves it there, so that all rates above the edge end equal. A surrogate that starts on such
@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from autotune.errors import ConfigurationError
 from autotune.search.acquisition import Proposal, propose
 from autotune.search.optimizer import LRSearch
@@ -31,7 +29,6 @@ from autotune.search.state import Outcome, SearchState
 from autotune.search.surrogate import Posterior, SurrogatePrior
 
 _GRID = 81
-_FINE_GRID = 561  # 80 points a decade where the space is the usual one
 
 
 class BracketSearch(LRSearch):
@@ -44,7 +41,7 @@ class BracketSearch(LRSearch):
         gap: Between neighbours, in decades.
         level: Share of the progress within which two trials count as equal, so that the walk goes on down.
         near: The surrogate's minimum is looked for this close to the best trial, in decades.
-        tie: Share of a trial's progress that a higher rate may be worse by and still be the answer.
+        tie: Share of the best trial's progress that a trial at a higher rate may be worse by and still be the answer.
         beta: Weight of the uncertainty in the bound.
         prior: Of the surrogate.
 
@@ -120,16 +117,15 @@ class BracketSearch(LRSearch):
         return self.space.around(min(finished, key=_loss).log_lr, math.exp(self.near))
 
     def _answer(self, posterior: Posterior, state: SearchState, optimum: float) -> tuple[float, str]:
-        finished = [outcome.log_lr for outcome in state.outcomes if outcome.status == "finished"]
-        above = self.space.grid(_FINE_GRID)
-        above = above[(above > optimum) & (above <= max(finished, default=optimum) + 1e-9)]
-        if not len(above):
+        finished = [outcome for outcome in state.outcomes if outcome.status == "finished"]
+        if not finished:
             return optimum, "the answer"
-        mean, _ = posterior.predict(torch.cat([above.new_tensor([optimum]), above]), state.horizon_steps)
-        level = int((mean[1:] <= mean[0] + self.tie).long().cumprod(0).sum())
-        if not level:
+        best = min(outcome.loss for outcome in finished)
+        level = best + self.tie * max(state.initial_loss - best, 0.0)
+        highest = max(outcome.log_lr for outcome in finished if outcome.loss <= level)
+        if highest <= optimum:
             return optimum, "the answer"
-        return float(above[level - 1]), f"and no more than {self.tie:.0%} of a trial's progress worse up to the answer"
+        return highest, f"but {math.exp(highest):.3g} did as well within {self.tie:.0%} of a trial's progress"
 
 
 def _loss(outcome: Outcome) -> float:
