@@ -17,7 +17,7 @@ from autotune.callbacks._trainer.accumulation import Windows
 from autotune.callbacks._trainer.facts import inform, window_end
 from autotune.callbacks._trainer.measure import LoopMeter
 from autotune.callbacks._trainer.memory import forget_peak, micro_limit
-from autotune.callbacks._trainer.resize import ResizableLoader
+from autotune.callbacks._trainer.resize import ResizableLoader, align, move
 from autotune.decision import Decision
 from autotune.noise.ranks import Ranks
 from autotune.noise.smoothing import NoiseSmoother, NoiseState
@@ -111,7 +111,21 @@ class BatchRun:
             f"start at {self._split.examples} examples an update, grow by the {self._controller.rule} rule to "
             f"{self._state.ceiling} at most; noise from {self.tools.meter.pick(trainer)}, learning rate by {self._rule}"
         )
-        self._decide(trainer, "setup", "set_batch", reason, {"max_batch": self._state.ceiling})
+        self._decide(trainer, "setup", "set_batch", reason, self._opening())
+
+    def _opening(self) -> dict[str, Any]:
+        """What the first record says beside the plan in words; a replay needs all of it."""
+        return {
+            "controller": "AdaptiveBatchSize",
+            "max_batch": self._state.ceiling,
+            "batch": self._split.examples,
+            "micro": self._split.micro,
+            "accumulate": self._split.accumulate,
+            "rule": self._controller.rule,
+            "lr_scaling": self._rule,
+            "scale_betas": scales_betas(self._rule),
+            "epoch_examples": self.tools.loader.sampler.examples * self._split.ranks,
+        }
 
     # ------------------------------------------------------------------ the loop's moments
 
@@ -188,19 +202,11 @@ class BatchRun:
 
     def _send(self, trainer: Any, split: Split) -> int:
         """Moves loader and accumulation towards ``split``; returns the first update that is wholly made of it."""
-        ready = self.tools.loader.ready(trainer)
-        now = trainer.accumulate_grad_batches
-        first = self.tools.loader.resize(trainer, split.micro) if split.micro != self._split.micro else ready
-        total = int(trainer.num_training_batches)
-        start = min(-(-max(first, ready) // split.accumulate) * split.accumulate, total)
-        self._align(trainer, ready)
-        return trainer.global_step + -(-(start - ready) // now)
+        return move(trainer, self.tools.loader, self._split, split)
 
     def _align(self, trainer: Any, ready: int) -> None:
         """Lengthens the window where its new boundaries are boundaries of the old one too."""
-        wanted = self._split.accumulate if self._next is None else self._next.accumulate
-        if trainer.accumulate_grad_batches != wanted and ready % wanted == 0:
-            trainer.accumulate_grad_batches = wanted
+        align(trainer, ready, (self._next or self._split).accumulate)
 
     def _take_effect(self, trainer: Any, module: nn.Module) -> None:
         assert self._next is not None
@@ -230,18 +236,26 @@ class BatchRun:
             f"the loss went from {losses['loss_before']:.4g} to {losses['loss_after']:.4g} after the batch had grown "
             f"to {grown.examples}: weights, optimizer and batch go back, and it stays at {self._split.examples}"
         )
-        numbers = {"batch": self._split.examples, "batch_before": grown.examples, **losses}
+        numbers = {
+            "batch": self._split.examples,
+            "batch_before": grown.examples,
+            "micro": self._split.micro,
+            "accumulate": self._split.accumulate,
+            "lr_gain": 1.0 / self._gain,
+            **losses,
+        }
         self._decide(trainer, "batch", "undo_growth", reason, numbers)
 
     def _report_memory(self, trainer: Any) -> None:
         memory, self._memory = self._memory, None
         if memory is not None:
             examples, pieces = memory
+            limit = self.tools.windows.piece_limit
             reason = (
                 f"memory ran out on a micro-batch of {examples}: it was repeated in {pieces} pieces, and micro-batches "
-                f"above {self.tools.windows.piece_limit} are run in pieces from now on"
+                f"above {limit} are run in pieces from now on"
             )
-            self._decide(trainer, "batch", "split", reason, {"micro": examples, "pieces": pieces})
+            self._decide(trainer, "batch", "split", reason, {"micro": examples, "pieces": pieces, "piece_limit": limit})
 
     def _decide(
         self, trainer: Any, kind: str, action: str, reason: str, numbers: dict[str, Any], effective: int = -1

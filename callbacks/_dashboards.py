@@ -13,7 +13,7 @@ from typing import Any
 
 from autotune.decision import Decision, encode
 from autotune.report.pictures import pixels, search_picture
-from autotune.report.values import number, spell
+from autotune.report.values import number, settings, spell
 
 COLUMNS = ["step", "effective_step", "kind", "action", "reason", "cost_steps"]
 
@@ -39,17 +39,19 @@ class Dashboard:
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
+        self._setups: list[Decision] = []
 
     def decision(self, decision: Decision) -> None:
         """Shows one decision."""
         if decision.kind == "setup":
-            self.configuration(decision)
+            self._setups.append(decision)
+            self.configuration(settings(self._setups))
         elif values := scalars_of(decision):
             self._logger.log_metrics(values, step=decision.step)
 
-    def configuration(self, setup: Decision) -> None:
-        """Shows what the run was configured with."""
-        self._logger.log_hyperparams({f"autotune/{key}": value for key, value in _flat(setup.numbers).items()})
+    def configuration(self, found: Mapping[str, Any]) -> None:
+        """Shows what the run was configured with: once for each controller, and all of it each time."""
+        self._logger.log_hyperparams({f"autotune/{key}": value for key, value in _flat(found).items()})
 
     def finish(self, decisions: Sequence[Decision], log: Path | None) -> None:
         """The run is over; ``decisions`` are all of it, ``log`` is its file."""
@@ -62,7 +64,6 @@ class TensorBoard(Dashboard):
     def __init__(self, logger: Any) -> None:
         super().__init__(logger)
         self._laid_out = False
-        self._setup: Decision | None = None
 
     def decision(self, decision: Decision) -> None:
         """Scalars and one line of text; a search's figure."""
@@ -75,9 +76,8 @@ class TensorBoard(Dashboard):
         if decision.kind == "search" and (picture := search_picture(decision)) is not None:
             board.add_image("autotune/search", pixels(picture), decision.step, dataformats="HWC")
 
-    def configuration(self, setup: Decision) -> None:
-        """Keeps it for the end: the hparams page wants parameters and results together."""
-        self._setup = setup
+    def configuration(self, found: Mapping[str, Any]) -> None:
+        """Waits for the end: the hparams page wants parameters and results together."""
 
     def finish(self, decisions: Sequence[Decision], log: Path | None) -> None:
         """The whole table as text (the plugin shows a sample of many texts, but one text whole), and hparams."""
@@ -85,8 +85,8 @@ class TensorBoard(Dashboard):
         body = "\n".join(f"| {' | '.join(_cell(cell) for cell in _row(decision))} |" for decision in decisions)
         last = decisions[-1].step if decisions else 0
         self._logger.experiment.add_text("autotune/decisions", head + body, last)
-        if self._setup is not None:
-            flat = {f"autotune/{key}": value for key, value in _flat(self._setup.numbers).items()}
+        if found := settings(decisions):
+            flat = {f"autotune/{key}": value for key, value in _flat(found).items()}
             self._logger.log_hyperparams(flat, metrics=_results(decisions))
         self._logger.save()
 
@@ -100,9 +100,9 @@ class Wandb(Dashboard):
         if decision.kind == "search" and (picture := search_picture(decision)) is not None:
             self._logger.log_image("autotune/search", [pixels(picture)], step=decision.step, caption=[decision.reason])
 
-    def configuration(self, setup: Decision) -> None:
+    def configuration(self, found: Mapping[str, Any]) -> None:
         """One nested entry in the run's config."""
-        self._logger.experiment.config.update({"autotune": _plain(setup.numbers)}, allow_val_change=True)
+        self._logger.experiment.config.update({"autotune": _plain(found)}, allow_val_change=True)
 
     def finish(self, decisions: Sequence[Decision], log: Path | None) -> None:
         """The table, once: W&B uploads a table anew each time it grows."""
@@ -114,6 +114,17 @@ class Wandb(Dashboard):
 
 class MLflow(Dashboard):
     """Metrics, parameters, the log and each search's picture as artifacts, results as tags."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger)
+        self._told: set[str] = set()
+
+    def configuration(self, found: Mapping[str, Any]) -> None:
+        """Parameters, each told once: MLflow refuses another value."""
+        new = {f"autotune/{key}": value for key, value in _flat(found).items() if key not in self._told}
+        self._told |= {key.removeprefix("autotune/") for key in new}
+        if new:
+            self._logger.log_hyperparams(new)
 
     def decision(self, decision: Decision) -> None:
         """Metrics; a search's picture."""
@@ -146,7 +157,7 @@ LAYOUT = {
             ["autotune/forecast/prediction", "autotune/forecast/low", "autotune/forecast/high"],
         ],
         "loss at stage ends": ["Multiline", [r"autotune/stage/(loss|prediction)$"]],
-        "batch and noise scale": ["Multiline", [r"autotune/(batch/)?(batch_size|noise_scale)$"]],
+        "batch and noise scale": ["Multiline", [r"autotune/(batch_size|noise_scale|batch/batch)$"]],
         "cost of searches (steps)": ["Multiline", [r"autotune/search/cost_steps$", r"autotune/trial_steps$"]],
     }
 }

@@ -22,16 +22,49 @@ RECENT = 3
 SCALED = ("betas", "eps")
 
 
+class WayBack:
+    """Weights, optimizer state and scaled group settings of one moment; learning rates stay with who schedules them.
+
+    Args:
+        module: The user's.
+        optimizer: Its optimizer.
+        saved: :meth:`state_dict` of the moment; None takes the present one.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Any, saved: dict[str, Any] | None = None) -> None:
+        self._optimizer = optimizer
+        self._weights, self._state = Weights(module), OptimizerState(optimizer)
+        if saved is not None:
+            self._groups: list[dict[str, Any]] = saved["groups"]
+            self._weights.load_state_dict(saved["weights"])
+            self._state.load_state_dict(saved["optimizer"])
+            return
+        self._groups = [{key: group[key] for key in SCALED if key in group} for group in optimizer.param_groups]
+        self._weights.capture()
+        self._state.capture()
+
+    def go(self) -> None:
+        """Goes back."""
+        rates = current_rates(self._optimizer)
+        self._weights.restore()
+        self._state.restore()
+        set_rates(self._optimizer, rates)
+        for group, before in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As primitives and tensors: it makes a checkpoint about twice as large."""
+        groups = [{**group} for group in self._groups]
+        return {"weights": self._weights.state_dict(), "optimizer": self._state.state_dict(), "groups": groups}
+
+
 class Watch:
     """The losses before a growth, and the way back."""
 
     def __init__(self) -> None:
         self._losses: deque[Tensor] = deque(maxlen=HISTORY)
         self._window: list[Tensor] = []
-        self._weights: Weights | None = None
-        self._state: OptimizerState | None = None
-        self._optimizer: Any = None
-        self._groups: list[dict[str, Any]] = []
+        self._back: WayBack | None = None
         self._usual = (math.nan, math.nan)
         self._since: list[float] = []
 
@@ -44,7 +77,7 @@ class Watch:
     @property
     def active(self) -> bool:
         """Whether a growth is being watched."""
-        return self._weights is not None
+        return self._back is not None
 
     def begin(self, module: nn.Module, optimizer: Any) -> None:
         """The first update of a larger batch is about to run: remembers weights, optimizer and the usual loss."""
@@ -52,11 +85,8 @@ class Watch:
         finite = [loss for loss in losses if math.isfinite(loss)]
         mean = sum(finite) / len(finite) if finite else math.nan
         spread = math.sqrt(sum((loss - mean) ** 2 for loss in finite) / max(len(finite) - 1, 1)) if finite else math.nan
-        self._usual, self._since, self._optimizer = (mean, spread), [], optimizer
-        self._groups = [{key: group[key] for key in SCALED if key in group} for group in optimizer.param_groups]
-        self._weights, self._state = Weights(module), OptimizerState(optimizer)
-        self._weights.capture()
-        self._state.capture()
+        self._usual, self._since = (mean, spread), []
+        self._back = WayBack(module, optimizer)
 
     def update_done(self, ranks: Ranks | None) -> bool:
         """An update is done; True where the loss has exploded since :meth:`begin`."""
@@ -73,7 +103,7 @@ class Watch:
         self._since.append(float(loss))
         exploded = self._exploded()
         if not exploded and len(self._since) >= WATCHED:
-            self._weights = self._state = None
+            self._back = None
         return exploded
 
     def _exploded(self) -> bool:
@@ -92,29 +122,19 @@ class Watch:
 
     def undo(self) -> None:
         """Weights and optimizer go back; learning rates stay with whoever schedules them."""
-        assert self._weights is not None
-        assert self._state is not None
-        rates = current_rates(self._optimizer)
-        self._weights.restore()
-        self._state.restore()
-        set_rates(self._optimizer, rates)
-        for group, before in zip(self._optimizer.param_groups, self._groups, strict=True):
-            group.update(before)
-        self._weights = self._state = None
+        assert self._back is not None
+        self._back.go()
+        self._back = None
         self._losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Losses and, while a growth is watched, the way back: it makes that checkpoint about twice as large."""
-        kept = None
-        if self._weights is not None and self._state is not None:
-            groups = [{**group} for group in self._groups]
-            kept = {"weights": self._weights.state_dict(), "optimizer": self._state.state_dict(), "groups": groups}
+        """Losses and, while a growth is watched, the way back."""
         return {
             "losses": [float(loss) for loss in self._losses],
             "window": [float(loss) for loss in self._window],
             "usual": list(self._usual),
             "since": list(self._since),
-            "kept": kept,
+            "back": None if self._back is None else self._back.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], module: nn.Module, optimizer: Any) -> None:
@@ -123,12 +143,8 @@ class Watch:
         self._losses.extend(torch.tensor(loss, device=device) for loss in state["losses"])
         self._window = [torch.tensor(loss, device=device) for loss in state["window"]]
         self._usual, self._since = (state["usual"][0], state["usual"][1]), list(state["since"])
-        self._optimizer = optimizer
-        if state["kept"] is not None:
-            self._weights, self._state = Weights(module), OptimizerState(optimizer)
-            self._groups = state["kept"]["groups"]
-            self._weights.load_state_dict(state["kept"]["weights"])
-            self._state.load_state_dict(state["kept"]["optimizer"])
+        if state["back"] is not None:
+            self._back = WayBack(module, optimizer, state["back"])
 
 
 def auto_lrs(trainer: Any) -> Any:

@@ -96,6 +96,14 @@ class LRPlan:
         count = "" if math.isnan(horizon.updates) else f", about {horizon.updates:.0f} updates"
         return f"the run ends at {horizon.total:g} {horizon.unit}{count}"
 
+    def numbers(self) -> dict[str, Any]:
+        """The run's end, for the log; without its updates until they are known."""
+        return {key: value for key, value in self.state_dict().items() if value == value}
+
+    def shape_numbers(self) -> dict[str, Any]:
+        """The rate's shape, for the log."""
+        return {"form": "linear" if self.shape.decay else "hold", "warmup": self.shape.warmup}
+
     def state_dict(self) -> dict[str, Any]:
         """As primitives."""
         return {"unit": self.horizon.unit, "total": self.horizon.total, "updates": self.updates}

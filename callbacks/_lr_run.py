@@ -149,6 +149,7 @@ class LRRun:
             exempt_from_time_limit(self.trainer, seconds * steps)
             self.costs.pay(steps, steps, first=True)
             self.plan.set_updates(self.plan.horizon.total / seconds)
+            self._replan(f"an update takes {seconds:.3g} s, so that the run will make about {self.plan.updates:.0f}")
         allowed = self._searches.policy.probe_steps(self.plan.searchable)
         self.trials.prepare_probe(self.settings, steps=allowed, saved=self._probe)
 
@@ -296,5 +297,7 @@ class LRRun:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""
         self.state = self.plan.moved(self.state, scale)
         horizon = self.plan.horizon
-        reason = f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew"
-        self.record("setup", "replan", reason, numbers={"unit": horizon.unit, "total": horizon.total})
+        self._replan(f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew")
+
+    def _replan(self, reason: str) -> None:
+        self.record("setup", "replan", reason, numbers={**self.plan.numbers(), "shape": self.plan.shape_numbers()})

@@ -131,6 +131,7 @@ class LRSearches:
         return PlannedLeg(
             searcher=searcher,
             begin=begin,
+            candidates=leg.candidates,
             shape=TrialShape(leg.steps, constant=published),
             level=level,
             forecast_to=self._stage_steps() if published else None,

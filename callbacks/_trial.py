@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from autotune.callbacks._trainer.facts import BarText
+from autotune.callbacks._trainer.bar import SearchBar
 from autotune.forecast.published import published_forecast
 from autotune.randomness import RandomState
 from autotune.search import Outcome, Recommendation, Search, SearchState, TrialStopper
@@ -23,6 +22,7 @@ class PlannedLeg:
     Attributes:
         searcher: Makes what proposes them, given the answer of the leg before (None for the first).
         begin: Makes its first state from the probe of the present weights and the search's trials so far.
+        candidates: How many are planned at most.
         shape: Of a trial's rate; its ``steps`` are the trial's length.
         level: Share of its peak at which the run's rate stands now; a candidate is a peak.
         forecast_to: Extrapolate each trial's training loss to this step (AutoLRS as published); None reads the probe.
@@ -32,6 +32,7 @@ class PlannedLeg:
 
     searcher: Callable[[Recommendation | None], Search]
     begin: Callable[[Search, Probe, tuple[Outcome, ...]], SearchState]
+    candidates: int
     shape: TrialShape
     level: float = 1.0
     forecast_to: int | None = None
@@ -45,26 +46,13 @@ class PlannedLeg:
         return int(self.forecast_to is None and steps == self.shape.steps)
 
 
-class Shown:
-    """A trial's progress on the bar, a few times a second."""
-
-    def __init__(self, bar: BarText, text: str) -> None:
-        self._bar, self._text, self._last = bar, text, 0.0
-
-    def step(self, done: int, steps: int) -> None:
-        """``done`` of ``steps`` are made."""
-        if time.monotonic() - self._last > 0.2:
-            self._last = time.monotonic()
-            self._bar.show(f"{self._text}, step {done}/{steps}")
-
-
 def run_trial(
     leg: PlannedLeg,
     log_lr: float,
     best: Outcome | None,
     step: Callable[[float], float],
     probe: Callable[[], float],
-    shown: Shown,
+    bar: SearchBar,
 ) -> tuple[Outcome, str]:
     """Tries one candidate.
 
@@ -74,7 +62,7 @@ def run_trial(
         best: The leg's best trial so far, on the same batches.
         step: Makes one optimizer step at a rate and returns its loss.
         probe: The loss on the probe batches.
-        shown: The bar.
+        bar: Shows every step.
 
     Returns:
         The outcome, and why the trial was stopped (empty where it was not).
@@ -85,7 +73,7 @@ def run_trial(
     probes: list[float] = []
     for number in range(steps):
         curve.append(step(lr * leg.level * leg.shape(number)))
-        shown.step(number + 1, steps)
+        bar.step()
         verdict = stopper.judge(curve, None if best is None else list(best.curve), steps, curve[0])
         if verdict.stop and (leg.stop_early or verdict.status == "diverged"):
             loss = _stopped_at(curve, best)

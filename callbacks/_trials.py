@@ -16,11 +16,12 @@ from typing import Any
 
 from autotune.callbacks._probe import ProbePlan, ProbeSet
 from autotune.callbacks._trainer.accumulation import is_out_of_memory, release_memory
+from autotune.callbacks._trainer.bar import SearchBar
 from autotune.callbacks._trainer.data import Replay, data_state, second_loader
-from autotune.callbacks._trainer.facts import BarText, surroundings
+from autotune.callbacks._trainer.facts import surroundings
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
-from autotune.callbacks._trial import PlannedLeg, Shown, run_trial
+from autotune.callbacks._trial import PlannedLeg, run_trial
 from autotune.pystate import Attributes
 from autotune.search import Outcome, Recommendation
 from autotune.snapshot import Snapshot
@@ -93,9 +94,10 @@ class Trials:
         """Chooses the probe batches, once a fit; those of a ``saved`` run again where it goes on."""
         if self.probe_set is None:
             plan = ProbePlan.of(self._trainer, steps) if saved is None else ProbePlan(**saved)
-            chosen = {"monitor": settings.monitor, "mode": settings.mode, "seed": self._seed}
             with self._snapshot.rolled_back():
-                self.probe_set = ProbeSet(self._trainer, plan=plan, **chosen)
+                self.probe_set = ProbeSet(
+                    self._trainer, plan=plan, monitor=settings.monitor, mode=settings.mode, seed=self._seed
+                )
 
     @property
     def monitor(self) -> list[str | None]:
@@ -154,14 +156,14 @@ class Trials:
         """
         assert self.probe_set is not None
         began = time.monotonic()
-        bar = BarText(self._trainer)
+        bar = SearchBar(self._trainer, [(leg.candidates, leg.shape.steps) for leg in legs])
         batches = self._replay(self._seed + 104729 * (index + 1))
         try:
             with self._sealed() as loop:
                 result = SearchResult(self.probe_set(loop), cost=self.probe_set.cost)
                 self._snapshot.restore()
-                for leg in legs if math.isfinite(result.start.loss) else ():
-                    self._run_leg(loop, leg, batches, result, bar, f"AutoLRS search {index + 1}", allowance)
+                for number, leg in enumerate(legs if math.isfinite(result.start.loss) else ()):
+                    self._run_leg(loop, leg, number, batches, result, bar, allowance)
                     if result.problem:
                         break
         finally:
@@ -173,10 +175,10 @@ class Trials:
         self,
         loop: SideLoop,
         leg: PlannedLeg,
+        number: int,
         batches: Replay,
         result: SearchResult,
-        bar: BarText,
-        text: str,
+        bar: SearchBar,
         allowance: float,
     ) -> None:
         searcher = leg.searcher(result.recommendation)
@@ -187,9 +189,9 @@ class Trials:
         while (proposal := self._ranks.of_zero(searcher.ask(state))) is not None:
             if result.cost + leg.shape.steps + max(1, leg.evaluations) * self.probe_cost > allowance:
                 break
+            bar.trial(number, tried)
             tried += 1
-            shown = Shown(bar, f"{text}: trial {len(result.outcomes) + 1}")
-            tried_out = self._if_it_fits(loop, proposal.log_lr, leg, batches, best, shown)
+            tried_out = self._if_it_fits(loop, proposal.log_lr, leg, batches, best, bar)
             if tried_out is None:
                 result.problem = "memory ran out in a trial"
                 result.cost += leg.shape.steps
@@ -219,7 +221,7 @@ class Trials:
         return None
 
     def _trial(
-        self, loop: SideLoop, log_lr: float, leg: PlannedLeg, batches: Replay, best: Outcome | None, shown: Shown
+        self, loop: SideLoop, log_lr: float, leg: PlannedLeg, batches: Replay, best: Outcome | None, bar: SearchBar
     ) -> tuple[Outcome, str]:
         probe_set, source = self.probe_set, iter(batches)
         assert probe_set is not None
@@ -228,7 +230,7 @@ class Trials:
             self._set_rates([rate * ratio for ratio in self._ratios])
             return self._ranks.mean([loop.train_step(list(islice(source, self._window())))])[0]
 
-        return run_trial(leg, log_lr, best, step, lambda: probe_set(loop).loss, shown)
+        return run_trial(leg, log_lr, best, step, lambda: probe_set(loop).loss, bar)
 
     def _window(self) -> int:
         return int(min(self._trainer.accumulate_grad_batches, self._trainer.num_training_batches))

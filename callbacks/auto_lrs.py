@@ -9,12 +9,12 @@ from lightning.pytorch.callbacks import Callback
 from autotune.callbacks._lr_run import LRRun
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._saved import check_origin, stamp
+from autotune.callbacks._trainer.bar import show_on_bar
 from autotune.callbacks._trainer.data import refuse_one_shot
 from autotune.callbacks._trainer.facts import (
     early_stopping_waits,
     inform,
     logs_now,
-    show_on_bar,
     training_loss,
     versions,
     window_end,
@@ -199,11 +199,11 @@ class AutoLRS(Callback):
         return {
             "controller": "AutoLRS",
             **self.settings.to_dict(),
-            "horizon": plan.state_dict(),
+            "horizon": plan.numbers(),
             "optimizer": type(trainer.optimizers[0]).__name__,
             "lr_ratios": list(run.driver.ratios),
             "scheduler": run.driver.scheduled,
-            "shape": {"form": "linear" if plan.shape.decay else "hold", "warmup": plan.shape.warmup},
+            "shape": plan.shape_numbers(),
             "versions": versions(),
         }
 

@@ -163,11 +163,13 @@ def _loss_traces(run: Run) -> list[Figure]:
                 "mode": "markers",
                 "name": "forecast",
                 "uid": "forecast",
-                "x": [f.target_step for f in made],
+                # A stage ends where its work is done, which is earlier than foreseen when the batch grows; what was
+                # foreseen for its end stands beside what came there.
+                "x": [f.target_step if f.came_at is None else f.came_at for f in made],
                 "y": [significant(f.prediction) for f in made],
                 "marker": {"symbol": "circle-open", "size": 8, "color": "var(--forecast)"},
                 "error_y": {"type": "data", "array": up, "arrayminus": down, "color": "var(--forecast)"},
-                "hovertext": [f"made at update {f.made_at:,}" for f in made],
+                "hovertext": [f"made at update {f.made_at:,} for {f.target_step:,.0f}" for f in made],
                 "hovertemplate": "forecast %{y:.4g}, %{hovertext}<extra></extra>",
             }
         )

@@ -18,8 +18,7 @@ from autotune.report.figures import KINDS, Figure, budget_of_curve, comparison, 
 from autotune.report.reading import Run, distinct
 from autotune.report.search_figures import candidates_figure, trials_figure
 from autotune.report.summary import rows, saved_steps, summarise
-from autotune.report.tracks import first
-from autotune.report.values import mapping, number, records, spell, spell_seconds
+from autotune.report.values import mapping, number, records, settings, spell, spell_seconds
 
 Figures = dict[str, Figure]
 
@@ -221,14 +220,14 @@ def _row(decision: Decision, index: int, key: str) -> str:
 
 
 def _configuration(run: Run) -> str:
-    setup = first(run, "setup")
-    if setup is None:
+    found = settings(run.decisions)
+    if not found:
         return ""
-    plain = {name: value for name, value in setup.numbers.items() if not isinstance(value, Mapping)}
-    tables = {"Configuration": plain}
-    nested: dict[str, Any] = {name: mapping(setup, name) for name in setup.numbers if mapping(setup, name)}
+    nested: dict[str, Any] = {name: mapping(found, name) for name in found if mapping(found, name)}
+    tables = {"Configuration": {name: value for name, value in found.items() if not isinstance(value, Mapping)}}
     tables.update({name.replace("_", " ").capitalize(): value for name, value in nested.items()})
-    parts = [f"<section><h2>Configuration and versions</h2><p>{escape(setup.reason)}</p><div class='pair'>"]
+    said = "".join(f"<p>{escape(d.reason)}</p>" for d in run.decisions if d.kind == "setup")
+    parts = [f"<section><h2>Configuration and versions</h2>{said}<div class='pair'>"]
     for title, entries in tables.items():
         body = "".join(
             f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(spell(value, 6))}</td></tr>'
@@ -254,11 +253,11 @@ def _comparison_table(runs: Sequence[Run]) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    setups = [first(run, "setup") for run in runs]
-    names = sorted({name for setup in setups if setup is not None for name in setup.numbers})
+    found = [settings(run.decisions) for run in runs]
+    names = sorted({name for setup in found for name in setup})
     body = ""
     for name in names:
-        cells = [spell(setup.numbers.get(name), 6) if setup is not None else "–" for setup in setups]
+        cells = [spell(setup.get(name), 6) for setup in found]
         if len(set(cells)) > 1:
             row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             body += f'<tr><th scope="row">{escape(name)} (setting)</th>{row}</tr>'

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from autotune.decision import Decision
 from autotune.report.reading import Run
 from autotune.report.tracks import first, forecasts, losses
-from autotune.report.values import number, records, spell, spell_seconds
+from autotune.report.values import mapping, number, records, settings, spell, spell_seconds
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Summary:
         batch_changes: How often the batch grew or shrank.
         forecasts_scored: Predictions whose outcome is known; ``forecasts_inside`` of them held.
         seconds: Wall time of the fit; ``search_seconds`` of it in searches.
-        budget: ``search_budget`` as configured.
+        budget: ``search_budget`` as configured, a share of ``planned``: the updates the run was planned with, which
+            are more than it makes where the batch grows.
         final_lr: The last learning rate on record.
         final_loss: The last monitored or validation loss on record.
     """
@@ -43,6 +44,7 @@ class Summary:
     seconds: float | None
     search_seconds: float | None
     budget: float | None
+    planned: float | None
     final_lr: float | None
     final_loss: float | None
 
@@ -57,6 +59,7 @@ def summarise(run: Run) -> Summary:
     """The figures of a run, from its log and, for the last loss, its metrics."""
     kinds = Counter((decision.kind, decision.action) for decision in run.decisions)
     finish = first(run, "finish")
+    configured = settings(run.decisions)
     searches = [d for d in run.decisions if d.kind == "search" and d.action != "skip"]
     scored = [forecast for forecast in forecasts(run) if forecast.inside is not None]
     seconds = [value for d in searches if (value := number(d, "seconds")) is not None]
@@ -73,7 +76,8 @@ def summarise(run: Run) -> Summary:
         forecasts_inside=sum(bool(forecast.inside) for forecast in scored),
         seconds=_from_finish(finish, "seconds"),
         search_seconds=_from_finish(finish, "search_seconds") or (sum(seconds) if seconds else None),
-        budget=number(setup, "search_budget") if (setup := first(run, "setup")) else None,
+        budget=number(configured, "search_budget"),
+        planned=number(mapping(configured, "horizon"), "updates"),
         final_lr=_last_lr(run),
         final_loss=_last_loss(run, finish),
     )
@@ -93,9 +97,10 @@ def saved_steps(search: Decision) -> float:
 def rows(summary: Summary) -> list[tuple[str, str, str]]:
     """The summary for people: (what, value, what it means)."""
     share = "–" if summary.share is None else f"{100 * summary.share:.1f} % of all steps"
-    if summary.budget is not None and summary.real_steps:
-        on_top = 100 * summary.trial_steps / summary.real_steps
-        share += f"; {on_top:.1f} % on top of the real ones, where {100 * summary.budget:.0f} % of the plan is allowed"
+    if summary.budget is not None and summary.planned:
+        of_plan = 100 * summary.trial_steps / summary.planned
+        allowed = f"{100 * summary.budget:.0f} % allowed"
+        share += f"; {of_plan:.1f} % of the {summary.planned:,.0f} updates that were planned ({allowed})"
     held = f"{summary.forecasts_inside} of {summary.forecasts_scored}" if summary.forecasts_scored else "–"
     return [
         ("Real updates", spell(summary.real_steps), "optimizer steps that trained the model"),

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autotune._schedule_log import batches_of
 from autotune.decision import Decision
 from autotune.report.metrics import Series
 from autotune.report.reading import Run
-from autotune.report.values import batch_of, number
+from autotune.report.values import number
 
 #: Logged names of the learning rate, best first. LearningRateMonitor's begin with ``lr-``.
 _LR_NAMES = ("autotune/lr", "lr", "learning_rate", "train/lr")
@@ -79,11 +80,11 @@ def learning_rate(run: Run) -> Series | None:
 
 
 def batch_size(run: Run) -> Series | None:
-    """Examples per update; changes take effect at their ``effective_step``."""
-    if "autotune/batch_size" in run.metrics:
-        return run.metrics["autotune/batch_size"]
+    """Examples per update, from the update at which each change took effect; else as it was logged now and then."""
     points = _batch_knots(run)
-    return Series.of([*points, (float(run.last_step), points[-1][1])]) if points else None
+    if not points:
+        return run.metrics.get("autotune/batch_size")
+    return Series.of([*points, (float(run.last_step), points[-1][1])])
 
 
 def noise_scale(run: Run) -> Series | None:
@@ -111,8 +112,8 @@ def examples_axis(run: Run) -> list[tuple[float, float]] | None:
 def forecasts(run: Run) -> list[Forecast]:
     """Every prediction with its outcome: what the record of the end of the same stage says came true.
 
-    A stage may end earlier than planned; the outcome then speaks of another step than the prediction did, and is
-    drawn where it came.
+    A stage may end earlier than planned; the outcome then speaks of another step than the prediction did, and both
+    are drawn where it came.
     """
     ends = [d for d in run.decisions if d.kind == "stage" and d.action == "end"]
     found = []
@@ -137,19 +138,7 @@ def _same_stage(end: Decision, forecast: Decision) -> bool:
 
 
 def _batch_knots(run: Run) -> list[tuple[float, float]]:
-    knots: list[tuple[float, float]] = []
-    setup = first(run, "setup")
-    if setup is not None and (size := batch_of(setup)) is not None:
-        knots.append((0.0, size))
-    for decision in run.decisions:
-        size = batch_of(decision)
-        if decision.kind != "batch" or size is None:
-            continue
-        previous = batch_of(decision, previous=True)
-        if not knots and previous is not None:
-            knots.append((0.0, previous))
-        knots.append((float(decision.effective_step), size))
-    return knots
+    return [(float(start), float(size)) for start, size in batches_of(run.decisions)]
 
 
 def _held(run: Run, key: str, kinds: tuple[str, ...]) -> Series | None:

@@ -7,7 +7,7 @@ value may have a type nobody expected. What cannot be read is None, never an exc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autotune.decision import Decision
@@ -22,17 +22,41 @@ def number(source: Decision | Mapping[str, Any], key: str) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def batch_of(decision: Decision, previous: bool = False) -> float | None:
-    """Examples per update that a decision speaks of; AdaptiveBatchSize calls them ``batch`` and ``batch_before``."""
-    names = ("previous_batch_size", "batch_before") if previous else ("batch_size", "batch")
-    return next((value for name in names if (value := number(decision, name)) is not None), None)
-
-
 def mapping(source: Decision | Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The object under ``key``, or an empty one."""
     numbers = source.numbers if isinstance(source, Decision) else source
     value = numbers.get(key)
     return value if isinstance(value, Mapping) else {}
+
+
+def settings(decisions: Iterable[Decision]) -> dict[str, Any]:
+    """What a run's controllers were configured with, from all of its setup records.
+
+    ``controller`` names them all. Of another name that two of them have, the first one's value counts; an end that
+    was planned anew takes the place of the one before.
+
+    >>> first = Decision("setup", "begin", "", 0, numbers={"controller": "A", "seed": 1, "horizon": {"total": 8}})
+    >>> second = Decision("setup", "set_batch", "", 0, numbers={"controller": "B", "batch": 32})
+    >>> moved = Decision("setup", "replan", "", 5, numbers={"total": 16})
+    >>> settings([first, second, moved])
+    {'controller': 'A, B', 'seed': 1, 'horizon': {'total': 16}, 'batch': 32}
+    """
+    found: dict[str, Any] = {}
+    for decision in decisions:
+        numbers = decision.numbers
+        if decision.kind != "setup":
+            continue
+        if decision.action == "replan":
+            moved = {key: value for key, value in numbers.items() if key != "shape"}
+            found["horizon"] = {**mapping(found, "horizon"), **moved}
+            if mapping(numbers, "shape"):
+                found["shape"] = mapping(numbers, "shape")
+            continue
+        names = [name for name in (found.get("controller"), numbers.get("controller")) if isinstance(name, str)]
+        found |= {key: value for key, value in numbers.items() if key not in found}
+        if names:
+            found["controller"] = ", ".join(dict.fromkeys(names))
+    return found
 
 
 def records(source: Decision | Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a callback may ask a running ``Trainer``: counters, progress bars, warnings."""
+"""What a callback may ask a running ``Trainer``: counters, warnings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from autotune.callbacks._trainer.bar import beside_bars
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.randomness import RandomState
 
@@ -19,12 +20,15 @@ _LOGGER = logging.getLogger("autotune")
 
 def warn(message: str) -> None:
     """Warns once per place, and in words that name us."""
-    warnings.warn(f"autotune: {message}", UserWarning, stacklevel=3)
+    with beside_bars():
+        warnings.warn(f"autotune: {message}", UserWarning, stacklevel=3)
 
 
 def inform(message: str) -> None:
     """An informational line through the ``autotune`` logger."""
-    _LOGGER.info(message)
+    if _LOGGER.isEnabledFor(logging.INFO):
+        with beside_bars():
+            _LOGGER.info(message)
 
 
 def logging_step(trainer: Any) -> int:
@@ -71,11 +75,6 @@ def logs_now(trainer: Any) -> bool:
     return bool(trainer._logger_connector.should_update_logs)
 
 
-def show_on_bar(trainer: Any, values: dict[str, float]) -> None:
-    """Adds values to what the progress bar shows."""
-    trainer.progress_bar_metrics.update(values)
-
-
 def training_loss(outputs: Any) -> Tensor | None:
     """The loss that ``on_train_batch_end`` is given, on its device; None where the step returned none."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -100,46 +99,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
     return {**found, "python": platform.python_version()}
-
-
-class BarText:
-    """Writes a phase ("search 1: trial 3/7") where the trainer's progress bar shows "Epoch n".
-
-    Knows Lightning's tqdm and rich bars; with another bar, or none, it does nothing.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self._bar = trainer.progress_bar_callback
-        self._before: str | None = None
-
-    def show(self, text: str) -> None:
-        """Puts ``text`` on the bar."""
-        tqdm_bar = self._tqdm()
-        if tqdm_bar is not None:
-            if self._before is None:
-                self._before = tqdm_bar.desc
-            tqdm_bar.set_description(text)
-            return
-        progress, task = self._rich()
-        if progress is not None:
-            if self._before is None:
-                self._before = next(t.description for t in progress.tasks if t.id == task)
-            progress.update(task, description=text)
-            progress.refresh()
-
-    def clear(self) -> None:
-        """Puts the bar's own text back."""
-        if self._before is not None:
-            self.show(self._before)
-            self._before = None
-
-    def _tqdm(self) -> Any:
-        bar = getattr(self._bar, "_train_progress_bar", None)
-        return bar if hasattr(bar, "set_description") and not getattr(bar, "disable", True) else None
-
-    def _rich(self) -> tuple[Any, Any]:
-        progress = getattr(self._bar, "progress", None)
-        task = getattr(self._bar, "train_progress_bar_id", None)
-        if progress is None or task is None or not any(t.id == task for t in progress.tasks):
-            return None, None
-        return progress, task

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from autotune.batch.plan import Split
 from autotune.batch.sampler import ResizableBatchSampler
 from autotune.errors import UnsupportedSetupError
 
@@ -230,6 +231,26 @@ class ResizableLoader:
             "resized": self._resized,
             "due": bool(self._due),
         }
+
+
+def move(trainer: Any, loader: ResizableLoader, now: Split, wanted: Split) -> int:
+    """Moves loader and accumulation from one split of the batch to another.
+
+    Returns:
+        The first update that is wholly made of ``wanted``.
+    """
+    ready, length = loader.ready(trainer), int(trainer.accumulate_grad_batches)
+    first = loader.resize(trainer, wanted.micro) if wanted.micro != now.micro else ready
+    total = int(trainer.num_training_batches)
+    start = min(-(-max(first, ready) // wanted.accumulate) * wanted.accumulate, total)
+    align(trainer, ready, wanted.accumulate)
+    return int(trainer.global_step) + -(-(start - ready) // length)
+
+
+def align(trainer: Any, ready: int, accumulate: int) -> None:
+    """Makes a window ``accumulate`` micro-batches long, where its new boundaries are boundaries of the old one too."""
+    if trainer.accumulate_grad_batches != accumulate and ready % accumulate == 0:
+        trainer.accumulate_grad_batches = accumulate
 
 
 def _resizable(loader: object) -> ResizableBatchSampler:

@@ -129,7 +129,7 @@ def test_replay_exports_csv_and_json(tmp_path, capsys):
 
 def test_replay_of_a_log_without_a_schedule(tiny, capsys):
     assert main(["replay", str(tiny.folder)]) == 1
-    assert "no setup record with a shape" in capsys.readouterr().err
+    assert "no setup record of AutoLRS" in capsys.readouterr().err
 
 
 @pytest.fixture

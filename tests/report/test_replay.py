@@ -95,12 +95,14 @@ def test_a_resumed_replay_can_still_roll_back(tmp_path):
     train(tmp_path / "b", callbacks, max_steps=57, enable_checkpointing=True)
     callback = ReplaySchedule(first[0].log_dir)
     checkpoint = torch.load(tmp_path / "saved" / "at57.ckpt", weights_only=True)
-    assert checkpoint["callbacks"]["ReplaySchedule"]["player"]
-    trainer, _ = train(tmp_path / "c", [callback, resumed, Bomb()], ckpt_path=tmp_path / "saved" / "at57.ckpt")
+    assert checkpoint["callbacks"]["ReplaySchedule"]["rates"]
+    trainer, model = train(tmp_path / "c", [callback, resumed, Bomb()], ckpt_path=tmp_path / "saved" / "at57.ckpt")
     back = zip(resumed.before[rollback.step], whole.before[rollback.numbers["to_step"]], strict=True)
     assert all(torch.equal(now, then) for now, then in back)
     assert read_decisions(trainer.log_dir) == callback.decisions
     assert callback.decisions[0].step == 0
+    weights = zip(model.state_dict().values(), first[1].state_dict().values(), strict=True)
+    assert all(torch.equal(now, then) for now, then in weights)
 
 
 def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path):
@@ -127,7 +129,7 @@ def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path):
     schedule.write_json(text)
     whole = json.loads(text.getvalue())
     assert [row["lr"] for row in whole["updates"]] == logged
-    assert whole["horizon"] == {"unit": "steps", "total": 120.0}
+    assert [(plan["step"], plan["unit"], plan["total"]) for plan in whole["plans"]] == [(0, "steps", 120.0)]
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
@@ -147,6 +149,33 @@ def setup(**numbers):
     return Decision("setup", "begin", "", 0, numbers={**shape, **numbers})
 
 
+def test_a_growth_counts_from_its_effect_not_from_its_decision():
+    """Between the two, a stage begins at the rate before; an undone growth gives the rate back."""
+    found = {"lr": 0.5, "multiplier": 0.5}
+    decisions = [
+        setup(batch_size=32),
+        Decision("search", "set_lr", "", 0, numbers=found),
+        Decision("batch", "grow", "", 2, effective_step=4, numbers={"batch": 64, "lr_gain": 1.4}),
+        Decision("stage", "begin", "", 3, numbers=found),
+        Decision("batch", "undo_growth", "", 6, numbers={"batch": 32, "lr_gain": 1 / 1.4}),
+        Decision("finish", "end", "", 8),
+    ]
+    rows = schedule_of(decisions).rows()
+    assert [row["lr"] for row in rows] == pytest.approx([0.5] * 4 + [0.7] * 2 + [0.5] * 2)
+    assert [row["batch_size"] for row in rows] == [32] * 4 + [64] * 2 + [32] * 2
+
+
+def test_a_run_whose_end_moved_has_two_plans():
+    decisions = [
+        setup(),
+        Decision("search", "set_lr", "", 0, numbers={"lr": 1.0}),
+        Decision("setup", "replan", "", 4, numbers={"unit": "steps", "total": 16, "shape": {"form": "linear"}}),
+        Decision("finish", "end", "", 16),
+    ]
+    schedule = schedule_of(decisions)
+    assert [schedule.rate(step) for step in range(16)] == [1.0] * 4 + [1 - step / 16 for step in range(4, 16)]
+
+
 def test_a_batch_that_grew_keeps_its_factor_and_its_size():
     decisions = [
         setup(batch_size=32),
@@ -161,7 +190,7 @@ def test_a_batch_that_grew_keeps_its_factor_and_its_size():
 
 def test_logs_without_a_schedule_are_named():
     search = Decision("search", "set_lr", "", 0, numbers={"lr": 0.5})
-    with pytest.raises(LogFormatError, match="no setup record with a shape"):
+    with pytest.raises(LogFormatError, match="no setup record of AutoLRS"):
         schedule_of([search])
     with pytest.raises(LogFormatError, match="no decision that sets a learning rate"):
         schedule_of([setup()])
@@ -169,6 +198,4 @@ def test_logs_without_a_schedule_are_named():
     with pytest.raises(ConfigurationError, match="multiplied a learning-rate scheduler of your own"):
         scheduled.rate(0)
     assert scheduled.rows() == []
-    assert schedule_of([setup(scheduler=True), search, replace(search, step=1)]).rows() == [
-        {"step": 0, "multiplier": 0.5}
-    ]
+    assert schedule_of([setup(scheduler=True), search, replace(search, step=1)]).rows() == [{"step": 0, "peak_lr": 0.5}]

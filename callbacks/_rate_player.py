@@ -1,0 +1,94 @@
+"""The learning rate of a logged run, played again: the peaks, the shape, and the ways back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autotune.callbacks._trainer import horizon as horizons
+from autotune.callbacks._trainer.rates import RateDriver, ScaledSteps, current_rates
+from autotune.decision import Decision
+from autotune.replay import Schedule
+from autotune.snapshot import OptimizerState, Weights
+
+
+class RatePlayer:
+    """One fit: the optimizer's rates, and the weights to go back to.
+
+    Args:
+        schedule: What to play.
+        trainer: In a running fit.
+        module: Its module.
+    """
+
+    def __init__(self, schedule: Schedule, trainer: Any, module: Any) -> None:
+        self._schedule, self._trainer = schedule, trainer
+        self._optimizer = optimizer = trainer.optimizers[0]
+        self._driver: RateDriver | None = None
+        self._scaled: ScaledSteps | None = None
+        if schedule.rates == "lr_multiplier":
+            self._scaled = ScaledSteps(optimizer)
+        else:
+            ratios = list(schedule.ratios) if len(schedule.ratios) == len(optimizer.param_groups) else None
+            self._driver = RateDriver(optimizer, scheduled=schedule.rates == "peak_lr", ratios_=ratios)
+        self._weights, self._state = Weights(module), OptimizerState(optimizer)
+        self._begun = False
+
+    @property
+    def last(self) -> float:
+        """The first group's rate in the last update."""
+        if self._driver is not None:
+            return self._driver.last
+        effective = [] if self._scaled is None else self._scaled.effective
+        return float((effective or current_rates(self._optimizer))[0])
+
+    def before_update(self) -> tuple[Decision, ...]:
+        """Does what the log says happened before this update, sets its rate, and returns what was played."""
+        step = int(self._trainer.global_step)
+        played = self.play(step)
+        peak = self._schedule.peak(step)
+        if self._driver is not None:
+            self._driver.apply(peak, self._schedule.plan(step).shape(self._progress(step)))
+        elif self._scaled is not None:
+            self._scaled.multiplier = peak
+        return played
+
+    def play(self, step: int) -> tuple[Decision, ...]:
+        """Remembers weights that will be gone back to, and goes back, as the log says; returns what was played."""
+        events = tuple(d for d in self._schedule.events.get(step, ()) if d.kind not in ("batch", "finish"))
+        for decision in events:
+            if decision.kind == "rollback" and decision.action == "roll_back" and self._begun:
+                self._weights.restore()
+                self._state.restore()
+            elif decision.kind == "stage" and decision.action == "begin" and step in self._schedule.returns:
+                self._weights.capture()
+                self._state.capture()
+                self._begun = True
+        return events
+
+    def remove(self) -> None:
+        """Takes hooks off the optimizer."""
+        for driver in (self._driver, self._scaled):
+            if driver is not None:
+                driver.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights to go back to, as primitives and tensors."""
+        if not self._begun:
+            return {}
+        return {"weights": self._weights.state_dict(), "optimizer": self._state.state_dict()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        if saved:
+            self._weights.load_state_dict(saved["weights"])
+            self._state.load_state_dict(saved["optimizer"])
+            self._begun = True
+
+    def _progress(self, step: int) -> float:
+        # A run whose end was given in examples counts them, so that a short last window of an epoch counts as
+        # short as it did then.
+        plan = self._schedule.plan(step)
+        if plan.in_examples:
+            horizon = horizons.Horizon(plan.unit, plan.total, plan.updates)
+            return float(horizons.done(self._trainer, horizon) / plan.total)
+        return self._schedule.progress(step)
