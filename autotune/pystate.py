@@ -69,6 +69,22 @@ def _save_mutable(value: Any, memo: dict[int, Restore]) -> Restore:
     return lambda: value
 
 
+def plain_items(values: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are primitives, or tuples of them, which nobody can change afterwards.
+
+    >>> plain_items({"lr": 0.1, "betas": (0.9, 0.99), "params": [1]})
+    {'lr': 0.1, 'betas': (0.9, 0.99)}
+    """
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, tuple):
+            return all(plain(item) for item in value)
+        # By type: numpy's floats are floats too, and no checkpoint holds them.
+        return value is None or type(value) in (bool, int, float, str)
+
+    return {key: value for key, value in values.items() if plain(value)}
+
+
 def written_once(tensor: Tensor) -> Tensor:
     """A view of ``tensor`` with each memory location once: an expanded tensor cannot be written as a whole.
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autotune.pystate import Attributes, Restore, save, written_once
+from autotune.pystate import Attributes, Restore, plain_items, save, written_once
 from autotune.randomness import RandomState
 
 #: Attributes every ``nn.Module`` has, apart from its mode: hook tables and the tensor tables kept below.
@@ -52,7 +52,9 @@ class TensorCopies:
 
     def save(self, tensors: Iterable[Tensor]) -> None:
         """Copies ``tensors``; buffers of earlier calls serve again where the layout is the same."""
-        self._tensors = [written_once(tensor.detach()) for tensor in tensors]
+        # .data, not detach(): a checkpoint saved in the middle of a backward pass puts the training state back for a
+        # moment, and autograd, which counts writes, would refuse to go on though every value is the same again.
+        self._tensors = [written_once(tensor.data) for tensor in tensors]
         spare = self._buffers
         self._buffers = [
             spare[index] if index < len(spare) and _same_layout(spare[index], tensor) else _buffer_for(tensor)
@@ -152,6 +154,7 @@ class OptimizerState:
         self._optimizer = optimizer
         self._state: list[tuple[Any, dict[str, Any], dict[str, Restore]]] = []
         self._groups: list[dict[str, Restore]] = []
+        self._settings: list[dict[str, Any]] = []
         self._attributes = Attributes([optimizer], skip=_OPTIMIZER_INTERNALS)
         self.copies = TensorCopies()
 
@@ -168,6 +171,7 @@ class OptimizerState:
             {key: save(value) for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
+        self._settings = [plain_items(group) for group in self._optimizer.param_groups]
         self._attributes.capture()
 
     def restore(self) -> None:
@@ -191,10 +195,10 @@ class OptimizerState:
         for parameter, values, others in self._state:
             tensors = {key: next(buffers).detach().cpu().clone() for key in values if key not in others}
             entries.append([place[id(parameter)], tensors, {key: restore() for key, restore in others.items()}])
-        return {"entries": entries}
+        return {"entries": entries, "groups": [dict(settings) for settings in self._settings]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Remembers ``saved`` instead of the present; the groups' settings are those of the present."""
+        """Remembers ``saved`` instead of the present; settings that are no primitives are those of the present."""
         self.capture()
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._state = []
@@ -206,6 +210,9 @@ class OptimizerState:
             tensors += own.values()
             self._state.append((parameter, {**own, **others}, {key: save(value) for key, value in others.items()}))
         self.copies.save(tensors)
+        self._settings = saved["groups"]
+        for group, settings in zip(self._groups, self._settings, strict=False):
+            group.update({key: save(value) for key, value in settings.items()})
 
 
 def _state_device(key: str, value: Tensor, parameter: Tensor) -> torch.device:

@@ -8,13 +8,13 @@ from typing import Any
 
 from autotune.batch.plan import Split, plan
 from autotune.batch.scaling import scale_group_betas
+from autotune.callbacks._growth import WayBack
 from autotune.callbacks._trainer.accumulation import Windows
 from autotune.callbacks._trainer.facts import warn, window_end
-from autotune.callbacks._trainer.rates import current_rates, set_rates
 from autotune.callbacks._trainer.resize import ResizableLoader, align, move
+from autotune.callbacks._trainer.schedules import ExampleSchedules
 from autotune.decision import Decision
 from autotune.replay import Schedule
-from autotune.snapshot import OptimizerState, Snapshot, Weights
 
 
 class BatchPlayer:
@@ -35,10 +35,11 @@ class BatchPlayer:
         self._next_record = 0
         self.loader = ResizableLoader()
         self._windows = Windows(self._sizes)
+        self._schedules = ExampleSchedules(self.loader)
         self._split = Split(1, 1)
         self._before = self._split
         self._coming: tuple[Split, int] | None = None
-        self._undoable: tuple[Weights, OptimizerState] | None = None
+        self._undoable: WayBack | None = None
         self._trainer: Any = None
 
     def _sizes(self, batch_idx: int) -> list[int]:
@@ -49,16 +50,21 @@ class BatchPlayer:
         """Global examples an update now."""
         return self._split.examples
 
-    def attach(self, trainer: Any, saved: dict[str, Any] | None) -> None:
-        """Before the loaders are set up."""
+    def attach(self, trainer: Any) -> None:
+        """Before the optimizers are built: their builder may ask for the loader's length."""
         self._trainer = trainer
-        self.loader.attach(trainer, None if saved is None else saved["loader"])
+        self.loader.attach(trainer)
+
+    def resume(self, trainer: Any, saved: dict[str, Any] | None) -> None:
+        """The optimizers are built; ``saved`` is :meth:`state_dict` of a run that goes on here."""
+        self.loader.resume(trainer, None if saved is None else saved["loader"])
         self._windows.attach(trainer)
 
     def start(self, trainer: Any, module: Any, saved: dict[str, Any] | None) -> None:
         """The loaders are set up: looks at the batch, or goes on where a resumed run stopped."""
         self.loader.start(trainer)
-        self._split = Split(self.loader.sampler.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
+        self._schedules.attach(trainer)
+        self._split = Split(self.loader.first_size, trainer.accumulate_grad_batches, trainer.world_size)
         if saved is not None:
             self._go_on(trainer, module, saved)
         elif self._split.examples != (logged := self._schedule.batch_size(0)) and logged is not None:
@@ -72,11 +78,9 @@ class BatchPlayer:
         self._split, self._before = Split(*saved["split"]), Split(*saved["before"])
         self._coming = None if saved["coming"] is None else (Split(*saved["coming"][0]), saved["coming"][1])
         self._windows.piece_limit = saved["piece_limit"]
-        trainer.accumulate_grad_batches = self._split.accumulate
+        trainer.accumulate_grad_batches = saved["accumulate"]
         if saved["undoable"] is not None:
-            self._undoable = weights, optimizer = Weights(module), OptimizerState(trainer.optimizers[0])
-            weights.load_state_dict(saved["undoable"]["weights"])
-            optimizer.load_state_dict(saved["undoable"]["optimizer"])
+            self._undoable = WayBack(module, trainer.optimizers[0], saved["undoable"])
 
     def epoch_start(self, trainer: Any) -> None:
         """Lengths follow the size; an epoch's first batch opens a window of any length."""
@@ -125,18 +129,14 @@ class BatchPlayer:
         further = (record.action for record in self._records[self._next_record :])
         self._undoable = None
         if next((action for action in further if action != "split"), None) == "undo_growth":
-            self._undoable = Weights(module), OptimizerState(optimizer)
-            Snapshot(self._undoable).capture()
+            self._undoable = WayBack(module, optimizer)
         if self._schedule.scale_betas:
             scale_group_betas(optimizer, self._split.examples / self._before.examples)
 
     def _undo(self, trainer: Any) -> None:
         if self._undoable is None:
             return
-        optimizer = trainer.optimizers[0]
-        rates = current_rates(optimizer)
-        Snapshot(self._undoable).restore()
-        set_rates(optimizer, rates)
+        self._undoable.go()
         grown, self._split, self._coming, self._undoable = self._split, self._before, None, None
         if grown.micro != self._split.micro:
             self.loader.resize(trainer, self._split.micro)
@@ -149,17 +149,18 @@ class BatchPlayer:
     def detach(self, trainer: Any) -> None:
         """Leaves nothing of ours on the trainer."""
         self._windows.detach(trainer)
+        self._schedules.detach(trainer)
         self.loader.detach(trainer)
 
     def state_dict(self, trainer: Any) -> dict[str, Any]:
         """Primitives and tensors."""
-        undo = self._undoable
         return {
             "next_record": self._next_record,
             "split": list(astuple(self._split)),
             "before": list(astuple(self._before)),
             "coming": None if self._coming is None else [list(astuple(self._coming[0])), self._coming[1]],
             "piece_limit": self._windows.piece_limit,
-            "undoable": None if undo is None else {"weights": undo[0].state_dict(), "optimizer": undo[1].state_dict()},
+            "undoable": None if self._undoable is None else self._undoable.state_dict(),
+            "accumulate": int(trainer.accumulate_grad_batches),
             "loader": self.loader.state_dict(trainer),
         }

@@ -11,13 +11,51 @@ from torch import Tensor, nn
 
 from autotune.callbacks._trainer.rates import ScaledSteps, current_rates, set_rates
 from autotune.noise.ranks import Ranks
-from autotune.snapshot import OptimizerState, Snapshot, Weights
+from autotune.snapshot import OptimizerState, Weights
 
 #: Updates of history behind the usual loss, and updates for which a growth is watched.
 HISTORY = 32
 WATCHED = 16
 #: Losses that are averaged before they count as an explosion.
 RECENT = 3
+#: Settings of an optimizer's groups that a growth may change beside the rate.
+SCALED = ("betas", "eps")
+
+
+class WayBack:
+    """Weights, optimizer state and scaled group settings of one moment; learning rates stay with who schedules them.
+
+    Args:
+        module: The user's.
+        optimizer: Its optimizer.
+        saved: :meth:`state_dict` of the moment; None takes the present one.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Any, saved: dict[str, Any] | None = None) -> None:
+        self._optimizer = optimizer
+        self._weights, self._state = Weights(module), OptimizerState(optimizer)
+        if saved is not None:
+            self._groups: list[dict[str, Any]] = saved["groups"]
+            self._weights.load_state_dict(saved["weights"])
+            self._state.load_state_dict(saved["optimizer"])
+            return
+        self._groups = [{key: group[key] for key in SCALED if key in group} for group in optimizer.param_groups]
+        self._weights.capture()
+        self._state.capture()
+
+    def go(self) -> None:
+        """Goes back."""
+        rates = current_rates(self._optimizer)
+        self._weights.restore()
+        self._state.restore()
+        set_rates(self._optimizer, rates)
+        for group, before in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As primitives and tensors: it makes a checkpoint about twice as large."""
+        groups = [{**group} for group in self._groups]
+        return {"weights": self._weights.state_dict(), "optimizer": self._state.state_dict(), "groups": groups}
 
 
 class Watch:
@@ -26,8 +64,7 @@ class Watch:
     def __init__(self) -> None:
         self._losses: deque[Tensor] = deque(maxlen=HISTORY)
         self._window: list[Tensor] = []
-        self._snapshot: Snapshot | None = None
-        self._optimizer: Any = None
+        self._back: WayBack | None = None
         self._usual = (math.nan, math.nan)
         self._since: list[float] = []
 
@@ -40,7 +77,7 @@ class Watch:
     @property
     def active(self) -> bool:
         """Whether a growth is being watched."""
-        return self._snapshot is not None
+        return self._back is not None
 
     def begin(self, module: nn.Module, optimizer: Any) -> None:
         """The first update of a larger batch is about to run: remembers weights, optimizer and the usual loss."""
@@ -48,31 +85,25 @@ class Watch:
         finite = [loss for loss in losses if math.isfinite(loss)]
         mean = sum(finite) / len(finite) if finite else math.nan
         spread = math.sqrt(sum((loss - mean) ** 2 for loss in finite) / max(len(finite) - 1, 1)) if finite else math.nan
-        self._usual, self._since, self._optimizer = (mean, spread), [], optimizer
-        self._snapshot = Snapshot([Weights(module), OptimizerState(optimizer)])
-        self._snapshot.capture()
+        self._usual, self._since = (mean, spread), []
+        self._back = WayBack(module, optimizer)
 
     def update_done(self, ranks: Ranks | None) -> bool:
         """An update is done; True where the loss has exploded since :meth:`begin`."""
         if not self._window:
             return False
         loss = torch.stack(self._window).mean()
+        if ranks is not None:
+            # Judged against the past and with the same verdict on every rank: a NaN on one is a NaN on all.
+            loss = ranks.add(loss) / ranks.size
         self._window = []
         self._losses.append(loss)
         if not self.active:
             return False
-        value = float(loss)
-        if ranks is not None:
-            # NaN compares as nothing: infinity speaks for it on every rank.
-            value = ranks.worst(value if math.isfinite(value) else math.inf, loss.device)
-            if not self._since:
-                # What is usual differs from rank to rank; a verdict on each rank's own would let one undo alone.
-                agreed = [ranks.worst(u if math.isfinite(u) else math.inf, loss.device) for u in self._usual]
-                self._usual = (agreed[0], agreed[1]) if math.isfinite(sum(agreed)) else (math.nan, math.nan)
-        self._since.append(value)
+        self._since.append(float(loss))
         exploded = self._exploded()
         if not exploded and len(self._since) >= WATCHED:
-            self._snapshot = None
+            self._back = None
         return exploded
 
     def _exploded(self) -> bool:
@@ -91,12 +122,29 @@ class Watch:
 
     def undo(self) -> None:
         """Weights and optimizer go back; learning rates stay with whoever schedules them."""
-        assert self._snapshot is not None
-        rates = current_rates(self._optimizer)
-        self._snapshot.restore()
-        set_rates(self._optimizer, rates)
-        self._snapshot = None
+        assert self._back is not None
+        self._back.go()
+        self._back = None
         self._losses.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Losses and, while a growth is watched, the way back."""
+        return {
+            "losses": [float(loss) for loss in self._losses],
+            "window": [float(loss) for loss in self._window],
+            "usual": list(self._usual),
+            "since": list(self._since),
+            "back": None if self._back is None else self._back.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], module: nn.Module, optimizer: Any) -> None:
+        """The inverse of :meth:`state_dict`."""
+        device = next(module.parameters()).device
+        self._losses.extend(torch.tensor(loss, device=device) for loss in state["losses"])
+        self._window = [torch.tensor(loss, device=device) for loss in state["window"]]
+        self._usual, self._since = (state["usual"][0], state["usual"][1]), list(state["since"])
+        if state["back"] is not None:
+            self._back = WayBack(module, optimizer, state["back"])
 
 
 def auto_lrs(trainer: Any) -> Any:
@@ -156,11 +204,16 @@ class Rates:
 
     def state_dict(self) -> dict[str, float]:
         """Primitives."""
-        return {"multiplier": self.multiplier, "searches": self._searches, "searched_at": self._searched_at}
+        return {
+            "multiplier": self.multiplier,
+            "searches": self._searches,
+            "searched_at": self._searched_at,
+            "batch": self._batch,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; ``AutoLRS`` restores its own rate."""
         self.multiplier = state["multiplier"]
-        self._searches, self._searched_at = state["searches"], state["searched_at"]
+        self._searches, self._searched_at, self._batch = state["searches"], state["searched_at"], state["batch"]
         if self._steps is not None:
             self._steps.multiplier = self.multiplier

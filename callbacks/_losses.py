@@ -43,7 +43,7 @@ class LossWatch:
         self._limits = [list(limit) for limit in limits]
 
     def add(self, step: int, loss: Tensor) -> None:
-        """Takes in the loss of an update; it stays on its device until the lot is full."""
+        """Takes in the loss of an update, on all ranks; it stays on its device until the lot is full."""
         self._pending.append((step, loss.detach()))
         if len(self._pending) >= LOT:
             self.read()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from autotune.callbacks._trainer import horizon as horizons
 from autotune.stage.budget import Budget
-from autotune.stage.machine import StageMachine
+from autotune.stage.machine import StageMachine, StageState
 from autotune.stage.schedule import Shape
 from autotune.stage.settings import LRSettings
 
@@ -79,6 +80,13 @@ class LRPlan:
     def searchable(self) -> float:
         """Steps that searching may cost in the whole (assumed) run."""
         return self.budget.first(self.updates)
+
+    def moved(self, state: StageState, scale: float) -> StageState:
+        """A stage of a run whose end has moved: on the new clock, where the same work is ``scale`` times as much."""
+        progress, end = self.progress, state.end * scale
+        if state.end >= 1.0 or not progress < end < 1.0:
+            end = min(progress + self.machine.length(state.index - 1), 1.0)
+        return replace(state, start=state.start * scale, end=end, forecast_due=state.forecast_due * scale)
 
     def describe(self) -> str:
         """The plan, in a sentence."""

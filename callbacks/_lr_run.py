@@ -12,16 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
+from autotune.callbacks import _lr_words as words
 from autotune.callbacks._losses import LossWatch
+from autotune.callbacks._lr_ledger import BestWeights, Costs
 from autotune.callbacks._lr_plan import LRPlan
 from autotune.callbacks._lr_search import LRSearches, SearchOutcome
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.facts import inform
 from autotune.callbacks._trainer.horizon import exempt_from_time_limit
+from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.rates import RateDriver
 from autotune.callbacks._trials import Trials
 from autotune.decision import Decision
-from autotune.snapshot import OptimizerState, Weights
 from autotune.stage.machine import Probe, StageState
 from autotune.stage.outlook import Outlook, look_ahead
 from autotune.stage.settings import LRSettings
@@ -52,10 +54,7 @@ class LRRun:
         self.trainer = trainer
         self.decisions = decisions
         self.state = StageState()
-        self.trial_steps = 0
-        self.spent = 0.0
-        self._first_cost = 0.0
-        self._search_seconds = 0.0
+        self.costs = Costs()
         self._log = RunLog.of(trainer)
         self.optimizer = optimizer = trainer.optimizers[0]
         ratios = None if saved is None else saved["ratios"]
@@ -63,10 +62,12 @@ class LRRun:
         self.trials = Trials(
             trainer, module, set_rates=self.driver.trial, ratios=self.driver.ratios, seed=settings.seed
         )
-        self._best_weights, self._best_optimizer = Weights(module), OptimizerState(optimizer)
+        self._best = BestWeights(module, optimizer)
+        self._ranks = Agreement(trainer)
         self._watch = LossWatch()
         self._outlook = _NO_OUTLOOK
         self._prepared = False
+        self._probe: dict[str, Any] | None = None
         self.plan = LRPlan(settings, trainer)
         self._searches = LRSearches(settings, self)
         if saved is not None:
@@ -80,7 +81,7 @@ class LRRun:
     @property
     def left(self) -> float:
         """Steps that searching may still cost now."""
-        return self.plan.budget.left(self.spent, self.step, self._first_cost)
+        return self.plan.budget.left(self.costs.spent, self.step, self.costs.first)
 
     # ------------------------------------------------------------------ moves
 
@@ -102,6 +103,7 @@ class LRRun:
 
     def after_update(self, loss: Tensor | None) -> None:
         """Takes in the training loss of an update that has been made."""
+        loss = self._ranks.mean_loss(loss)
         if loss is not None:
             self._watch.add(self.step, loss)
 
@@ -116,16 +118,8 @@ class LRRun:
                 self.state, verdict = self.plan.machine.failed(self.state)
                 if verdict == "roll_back":
                     self._roll_back(before, f"the run ended at {probe.loss:.4g}, worse than its best")
-        numbers = {
-            "lr": self.driver.last,
-            "trial_steps": self.trial_steps,
-            "real_steps": self.step,
-            "cost_steps": self.spent,
-            "search_seconds": self._search_seconds,
-            "searches": self.state.searches,
-        }
-        share = self.spent / max(self.step, 1)
-        self.record("finish", "end", f"searching cost {share:.1%} of {self.step} updates", numbers=numbers)
+        reason, numbers = words.finished(self.costs, self.state, self.step)
+        self.record("finish", "end", reason, numbers={"lr": self.driver.last, **numbers})
 
     def epoch_started(self) -> None:
         """An epoch of a loader without a length has been counted: the end may be known now."""
@@ -148,28 +142,21 @@ class LRRun:
         if not self.plan.horizon.known:
             self.state = self.plan.machine.cut(self.state, self.plan.progress)
 
-    # ------------------------------------------------------------------ pieces
-
     def _prepare(self) -> None:
         self._prepared = True
         if math.isnan(self.plan.updates):
             seconds, steps = self.trials.time_a_step(0.0)
             exempt_from_time_limit(self.trainer, seconds * steps)
-            self._pay(steps, steps)
-            self._first_cost += steps
+            self.costs.pay(steps, steps, first=True)
             self.plan.set_updates(self.plan.horizon.total / seconds)
             self._replan(f"an update takes {seconds:.3g} s, so that the run will make about {self.plan.updates:.0f}")
         allowed = self._searches.policy.probe_steps(self.plan.searchable)
-        self.trials.prepare_probe(monitor=self.settings.monitor, mode=self.settings.mode, steps=allowed)
-
-    def _pay(self, cost: float, trial_steps: int = 0) -> None:
-        self.spent += cost
-        self.trial_steps += trial_steps
+        self.trials.prepare_probe(self.settings, steps=allowed, saved=self._probe)
 
     def _check(self) -> Probe:
         """A probe of the present weights, counted by the machine."""
         probe = self.trials.probe()
-        self._pay(self.trials.probe_cost)
+        self.costs.pay(self.trials.probe_cost)
         self.state = self.plan.machine.checked(self.state, probe, self._watch.recent())
         return probe
 
@@ -180,21 +167,13 @@ class LRRun:
 
     def _run_search(self, progress: float, why: str) -> SearchOutcome:
         outcome = self._searches.run(progress, why)
-        self._pay(outcome.cost, outcome.trial_steps)
-        if self.state.searches == 0:
-            self._first_cost += outcome.cost
-        self._search_seconds += outcome.seconds
+        self.costs.pay(outcome.cost, outcome.trial_steps, first=self.state.searches == 0)
+        self.costs.seconds += outcome.seconds
         exempt_from_time_limit(self.trainer, outcome.seconds)
-        previous = self.state.lr
+        before = self.state
         self.state = self.plan.machine.searched(self.state, outcome.lr)
-        numbers = {
-            **outcome.numbers,
-            "lr": outcome.lr,
-            "multiplier": outcome.lr,
-            "previous_lr": previous,
-            "index": self.state.searches - 1,
-            "monitor": self.trials.monitor,
-        }
+        found = {"index": before.searches, "monitor": self.trials.monitor}
+        numbers = {**outcome.numbers, **words.rate(self.state, before), **found}
         self.record("search", outcome.action, outcome.reason, numbers=numbers, cost=outcome.cost)
         return outcome
 
@@ -202,21 +181,12 @@ class LRRun:
         best = self.state.best_probe
         self.state = self.plan.machine.begun(self.state, progress, self.step, probe, self._watch.recent())
         if self.state.best_probe is not best or self.state.index == 1:
-            self._best_weights.capture()
-            self._best_optimizer.capture()
+            self._best.capture()
         if math.isnan(self.state.first_train):
             self.state = replace(self.state, first_train=self._watch.first)
         self._watch.begin_stage()
         self._outlook = _NO_OUTLOOK
-        numbers = {
-            "index": self.state.index,
-            "start_step": self.step,
-            "end_progress": self.state.end,
-            "end_step": self._end_step(),
-            "loss": math.nan if probe is None else probe.loss,
-            "lr": self.state.lr,
-            "multiplier": self.state.lr,
-        }
+        numbers = words.begun(self.state, self.step, self._end_step(), probe)
         self.record("stage", "begin", f"stage {self.state.index} begins", numbers=numbers)
 
     def _end_step(self) -> int:
@@ -230,19 +200,15 @@ class LRRun:
             self.record("forecast", "refuse", "the search budget has no room for the probes", numbers=numbers)
             return
         now = self._check()
-        numbers |= {"loss": now.loss}
-        cost = self.trials.probe_cost
-        self._outlook = look_ahead(self._watch.trace, self.state.start_probe, now, self.step, self._end_step())
-        if self._outlook.trusted:
-            value, low, high = self._outlook.value, self._outlook.low, self._outlook.high
-            self.state = self.plan.machine.predicted(self.state, (value, low, high))
+        outlook = look_ahead(self._watch.trace, self.state.start_probe, now, self.step, self._end_step())
+        self._outlook = self._ranks.of_zero(outlook)
+        trusted = self._outlook.trusted
+        self.state = self.plan.machine.predicted(self.state, self._outlook.interval if trusted else None)
+        if trusted:
             self._watch.expect(self._outlook.watch)
-            numbers |= {"prediction": value, "low": low, "high": high, "level": 0.8}
-            reason = f"a loss of {now.loss:.4g} now, {value:.4g} ({low:.4g} to {high:.4g}) expected at the stage's end"
-            self.record("forecast", "predict", reason, numbers=numbers, cost=cost)
-        else:
-            self.state = self.plan.machine.predicted(self.state, None)
-            self.record("forecast", "refuse", self._outlook.reason, numbers=numbers, cost=cost)
+        reason, more = words.expected(self._outlook, now)
+        action = "predict" if trusted else "refuse"
+        self.record("forecast", action, reason, numbers=numbers | more, cost=self.trials.probe_cost)
         if self.plan.machine.lost(self.state):
             self._settle(progress, now)
 
@@ -262,27 +228,13 @@ class LRRun:
             self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")
             probe = before.best_probe or probe
         elif verdict == "decay":
-            numbers = {"lr": self.state.lr, "multiplier": self.state.lr, "previous_lr": before.lr}
-            self.record("plateau", "decay", evidence[0], numbers=numbers)
+            self.record("plateau", "decay", evidence[0], numbers=words.rate(self.state, before))
         elif verdict == "search":
             self._run_search(progress, "; ".join(evidence) or "a stage has ended")
         self._begin_stage(progress, probe)
 
     def _judge(self, state: StageState, probe: Probe, evidence: tuple[str, ...]) -> None:
-        numbers: dict[str, Any] = {
-            "index": state.index,
-            "start_step": state.start_step,
-            "end_step": self.step,
-            "loss": probe.loss,
-            "previous_loss": math.nan if state.start_probe is None else state.start_probe.loss,
-            "evidence": list(evidence),
-        }
-        reason = f"stage {state.index} ends at a loss of {probe.loss:.4g}"
-        if state.prediction is not None:
-            value, low, high = state.prediction
-            inside = low <= probe.loss <= high
-            numbers |= {"prediction": value, "low": low, "high": high, "inside": inside}
-            reason += f"; {value:.4g} was predicted, {'inside' if inside else 'outside'} {low:.4g} to {high:.4g}"
+        reason, numbers = words.judged(state, self.step, probe, evidence)
         self.record("stage", "end", reason, numbers=numbers, cost=self.trials.probe_cost)
 
     def _recover(self, progress: float) -> None:
@@ -296,20 +248,10 @@ class LRRun:
             self.record("rollback", "keep", f"{why}; going back does not help, so training goes on", numbers={})
 
     def _roll_back(self, before: StageState, why: str) -> None:
-        self._best_weights.restore()
-        self._best_optimizer.restore()
-        lost = self.step - before.best_step
-        numbers = {
-            "to_step": before.best_step,
-            "lost_steps": lost,
-            "lr": self.state.lr,
-            "multiplier": self.state.lr,
-            "previous_lr": before.lr,
-        }
+        self._best.restore()
+        numbers = words.rolled_back(self.state, before, self.step)
         reason = f"{why}: back to the weights of step {before.best_step}, at a lower rate"
-        self.record("rollback", "roll_back", reason, numbers=numbers, cost=lost)
-
-    # ------------------------------------------------------------------ records and state
+        self.record("rollback", "roll_back", reason, numbers=numbers, cost=numbers["lost_steps"])
 
     def record(self, kind: str, action: str, reason: str, *, numbers: dict[str, Any], cost: float = 0.0) -> Decision:
         """Writes a decision everywhere."""
@@ -324,46 +266,36 @@ class LRRun:
             "lr": self.driver.last,
             "peak_lr": math.nan if self.state.lr is None else self.state.lr,
             "stage": self.state.index,
-            "trial_steps": self.trial_steps,
-            "search_cost_steps": self.spent,
+            "trial_steps": self.costs.trial_steps,
+            "search_cost_steps": self.costs.spent,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold: primitives and tensors. The best weights make it about twice as large."""
-        staged = self.state.index > 0
         return {
             "ratios": list(self.driver.ratios),
             "stage": self.state.to_dict(),
-            "trial_steps": self.trial_steps,
-            "spent": self.spent,
-            "first_cost": self._first_cost,
-            "search_seconds": self._search_seconds,
+            "costs": self.costs.state_dict(),
             "watch": self._watch.state_dict(),
             "plan": self.plan.state_dict(),
-            "weights": self._best_weights.state_dict() if staged else [],
-            "optimizer": self._best_optimizer.state_dict() if staged else {},
+            "probe": self._probe if self.trials.probe_set is None else self.trials.probe_set.state_dict(),
+            "best": self._best.state_dict() if self.state.index else {},
         }
 
     def _load(self, saved: dict[str, Any]) -> None:
         self.state = StageState.from_dict(saved["stage"])
-        self.trial_steps, self.spent = saved["trial_steps"], saved["spent"]
-        self._first_cost, self._search_seconds = saved["first_cost"], saved["search_seconds"]
+        self.costs = Costs(**saved["costs"])
         self._watch.load_state_dict(saved["watch"])
+        self._probe = saved["probe"]
         scale = self.plan.load_state_dict(saved["plan"])
-        if not self.state.index:
-            return
-        self._best_weights.load_state_dict(saved["weights"])
-        self._best_optimizer.load_state_dict(saved["optimizer"])
-        if scale != 1.0:
-            self._move_clock(scale, "was another")
+        if self.state.index:
+            self._best.load_state_dict(saved["best"])
+            if scale != 1.0:
+                self._move_clock(scale, "was another")
 
     def _move_clock(self, scale: float, was: str) -> None:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""
-        state, progress, machine = self.state, self.plan.progress, self.plan.machine
-        end = state.end * scale
-        if state.end >= 1.0 or not progress < end < 1.0:
-            end = min(progress + machine.length(state.index - 1), 1.0)
-        self.state = replace(state, start=state.start * scale, end=end, forecast_due=state.forecast_due * scale)
+        self.state = self.plan.moved(self.state, scale)
         horizon = self.plan.horizon
         self._replan(f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew")
 

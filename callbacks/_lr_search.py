@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from autotune.callbacks._trials import PlannedLeg, SearchResult
+from autotune.callbacks._trial import PlannedLeg
+from autotune.callbacks._trials import SearchResult
 from autotune.search import (
     BracketSearch,
     GridSearch,
@@ -97,7 +98,7 @@ class LRSearches:
         if self._settings.objective == "forecast":
             return self._published_leg(whole if run.state.searches == 0 else run.left)
         if run.state.searches == 0:
-            return self.policy.first(whole - run.spent, probe), whole - run.spent
+            return self.policy.first(whole - run.costs.spent, probe), whole - run.costs.spent
         left = min(run.left, whole)
         every = self._settings.search == "every_stage"
         leg = self.policy.later_leg(left, run.step, probe, at_any_length=every)
@@ -189,7 +190,7 @@ class LRSearches:
         if not math.isfinite(result.start.loss):
             problem = f"the loss is {result.start.loss} before any trial, so there is nothing to search by"
         else:
-            problem = "no trial could be ranked"
+            problem = result.problem or "no trial could be ranked"
         if current is not None:
             return current, "keep_lr", f"{problem}: the current rate stays"
         finished = [outcome for outcome in result.outcomes if outcome.status == "finished"]
@@ -207,7 +208,7 @@ class LRSearches:
         lr = self._default()
         start, cost = None, 0.0
         # It stands in for the first search, before which nothing is "left" yet: a monitor that nothing logs is refused.
-        if self._run.plan.searchable - self._run.spent >= self._run.trials.probe_cost:
+        if self._run.plan.searchable - self._run.costs.spent >= self._run.trials.probe_cost:
             start, cost = self._run.trials.probe(), self._run.trials.probe_cost
         reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
         return SearchOutcome(lr, "skip", reason, start=start, cost=cost)

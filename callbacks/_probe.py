@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from autotune.callbacks._trainer.data import Batches, examples_in, second_loader, single_loader
 from autotune.callbacks._trainer.facts import validation_loader
 from autotune.callbacks._trainer.horizon import batch_examples
+from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop
 from autotune.errors import MonitorError
 from autotune.stage.budget import EVALUATION_STEPS
@@ -34,6 +36,37 @@ def find_monitor(logged: list[str]) -> str | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
+@dataclass(frozen=True)
+class ProbePlan:
+    """How the probe batches were drawn, so that a resumed run, whose batch may have grown, draws the same.
+
+    Attributes:
+        steps: What one evaluation may cost, in optimizer steps.
+        batch: Examples in one micro-batch, on all ranks.
+        update: Examples in one update, on all ranks.
+        limit: Training batches of an epoch.
+        resolved: Whether it is known what is monitored.
+        monitor: The name; None for the training loss.
+        why: How it was found.
+        training: Whether validation logs nothing of use, so that training batches are drawn.
+    """
+
+    steps: float
+    batch: int
+    update: int
+    limit: float
+    resolved: bool = False
+    monitor: str | None = None
+    why: str = ""
+    training: bool = False
+
+    @classmethod
+    def of(cls, trainer: Any, steps: float) -> ProbePlan:
+        """For a run that begins."""
+        batch = batch_examples(trainer)
+        return cls(float(steps), batch, batch * trainer.accumulate_grad_batches, float(trainer.num_training_batches))
+
+
 class ProbeSet:
     """Fixed batches on which every candidate and every stage is judged.
 
@@ -42,46 +75,61 @@ class ProbeSet:
         monitor: A name that validation logs, or None to find one.
         mode: ``"min"`` or ``"max"``; losses are reported so that lower is better.
         seed: Chooses the batches.
-        steps: What one evaluation may cost, in optimizer steps.
+        plan: How many and how large.
     """
 
-    def __init__(self, trainer: Any, *, monitor: str | None, mode: str, seed: int, steps: float) -> None:
+    def __init__(self, trainer: Any, *, monitor: str | None, mode: str, seed: int, plan: ProbePlan) -> None:
         self._trainer = trainer
+        self._ranks = Agreement(trainer)
         self._wanted = monitor
-        self._sign = -1.0 if mode == "max" else 1.0
         self._seed = seed
-        self._update_examples = batch_examples(trainer) * trainer.accumulate_grad_batches
-        self._validation = validation_loader(trainer)
-        self._parts = self._draw(steps)
-        self.monitor: str | None = None
-        self.why = ""
-        self._resolved = False
+        self._plan = plan
+        self._validation = None if plan.training else validation_loader(trainer)
+        self._sign = -1.0 if mode == "max" and not plan.training else 1.0
+        self._parts = self._draw(plan.steps)
         #: What one evaluation costs, in optimizer steps.
-        self.cost = EVALUATION_STEPS * sum(part.examples for part in self._parts) / self._update_examples
+        self.cost = self._cost()
+
+    def _cost(self) -> float:
+        # Ranks may hold different numbers of examples, and have to agree on what they can afford.
+        return EVALUATION_STEPS * self._ranks.total(sum(part.examples for part in self._parts)) / self._plan.update
+
+    @property
+    def monitor(self) -> str | None:
+        """The monitored name; None for the training loss."""
+        return self._plan.monitor
+
+    @property
+    def why(self) -> str:
+        """How it was found; empty before the first evaluation."""
+        return self._plan.why
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, as primitives."""
+        return asdict(self._plan)
 
     def _draw(self, steps: float) -> list[Batches]:
         if self._validation is not None:
             loaders = self._validation.flattened
             limits = self._trainer.fit_loop.epoch_loop.val_loop._max_batches
-            largest = batch_examples(self._trainer)
             opened = [
-                iter(single_loader(loader, self._seed + index, limit, largest))
+                iter(single_loader(loader, self._seed + index, limit, self._plan.batch))
                 for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True))
             ]
         else:
             combined = self._trainer.fit_loop._combined_loader
-            training = second_loader(combined, self._seed + 7919, combined.limits)
-            limits = [self._trainer.num_training_batches]
-            opened = [_batches(training)]
-        allowed = 3.0 * steps * self._update_examples / len(opened)
+            micro = self._plan.batch // int(self._trainer.world_size)
+            opened = [_batches(second_loader(combined, self._seed + 7919, combined.limits, micro))]
+            limits = [self._plan.limit]
+        allowed = 3.0 * steps * self._plan.update / len(opened)
         return [self._take(source, allowed, limit) for source, limit in zip(opened, limits, strict=True)]
 
     def _take(self, source: Iterator[Any], examples: float, limit: float) -> Batches:
         taken: list[Any] = []
         count = 0
         for batch in islice(source, None if math.isinf(limit) else int(limit)):
-            size = examples_in(batch) * int(self._trainer.world_size)
-            if len(taken) >= 2 and count + size > examples:
+            size = examples_in(batch)
+            if len(taken) >= 2 and (count + size) * int(self._trainer.world_size) > examples:
                 break
             taken.append(batch)
             count += size
@@ -97,46 +145,58 @@ class ProbeSet:
         """
         torch.manual_seed(self._seed)
         logged = loop.evaluate(self._validation, self._parts) if self._validation is not None else {}
-        if not self._resolved:
-            self._resolve(list(logged))
+        if not self._plan.resolved:
+            self._resolve(self._ranks.common(list(logged)))
         if self.monitor is not None:
             value, batches = logged[self.monitor]
-            return Probe(self._sign * value, tuple(self._sign * item for item in batches))
+            return self._agreed(self._sign * value, [self._sign * item for item in batches])
         if self._validation is not None:
             self._switch_to_training()
         losses = loop.training_losses(batch for part in self._parts for batch in part)
-        return Probe(math.fsum(losses) / len(losses) if losses else math.nan, tuple(losses))
+        return self._agreed(math.fsum(losses) / len(losses) if losses else math.nan, losses)
+
+    def _agreed(self, value: float, batches: list[float]) -> Probe:
+        """The same on every rank: means over them; no single batches where ranks have unequally many."""
+        if len(set(self._ranks.gather(len(batches)))) > 1:
+            batches = []
+        value, *batches = self._ranks.mean([value, *batches])
+        return Probe(value, tuple(batches))
 
     def _resolve(self, logged: list[str]) -> None:
-        self._resolved = True
-        if self._wanted is not None:
-            if self._wanted not in logged:
-                where = "validation logs " + (", ".join(sorted(logged)) if logged else "nothing")
-                if self._validation is None:
-                    where = "there is no validation loader, so nothing is logged in validation"
-                raise MonitorError(
-                    f"AutoLRS(monitor={self._wanted!r}): this name is not logged in validation; {where}. "
-                    f"Log it in validation_step by self.log({self._wanted!r}, ...), or leave monitor=None"
-                )
-            self.monitor, self.why = self._wanted, "as asked"
-            return
-        self.monitor = find_monitor(logged) if self._sign > 0 else None
-        if self.monitor is not None:
-            self.why = f"found among what validation logs ({', '.join(sorted(logged))})"
-        elif self._validation is None:
-            self.why = "no validation loader: the training loss on fixed batches serves, which are trained on too"
-        else:
-            self.why = (
-                f"validation logs {', '.join(sorted(logged)) or 'nothing'}, in which no loss is recognised: the "
-                "training loss on fixed batches serves, which are trained on too"
-            )
+        monitor, why = self._asked(logged) if self._wanted is not None else self._found(logged)
+        self._plan = replace(self._plan, resolved=True, monitor=monitor, why=why)
+
+    def _asked(self, logged: list[str]) -> tuple[str | None, str]:
+        if self._wanted in logged:
+            return self._wanted, "as asked"
+        where = "validation logs " + (", ".join(sorted(logged)) if logged else "nothing")
+        if self._validation is None:
+            where = "there is no validation loader, so nothing is logged in validation"
+        elif self._ranks.size > 1:
+            where += " on every rank (a name that only some ranks log does not count)"
+        raise MonitorError(
+            f"AutoLRS(monitor={self._wanted!r}): this name is not logged in validation; {where}. "
+            f"Log it in validation_step by self.log({self._wanted!r}, ...), or leave monitor=None"
+        )
+
+    def _found(self, logged: list[str]) -> tuple[str | None, str]:
+        names = ", ".join(sorted(logged))
+        monitor = find_monitor(logged) if self._sign > 0 else None
+        if monitor is not None:
+            return monitor, f"found among what validation logs ({names})"
+        if self._validation is None:
+            return None, "no validation loader: the training loss on fixed batches serves, which are trained on too"
+        return None, (
+            f"validation logs {names or 'nothing'}, in which no loss is recognised: the "
+            "training loss on fixed batches serves, which are trained on too"
+        )
 
     def _switch_to_training(self) -> None:
-        steps = self.cost
+        self._plan = replace(self._plan, steps=self.cost, training=True)
         self._validation = None
         self._sign = 1.0
-        self._parts = self._draw(steps)
-        self.cost = EVALUATION_STEPS * sum(part.examples for part in self._parts) / self._update_examples
+        self._parts = self._draw(self._plan.steps)
+        self.cost = self._cost()
 
 
 def _batches(combined: Any) -> Iterator[Any]:

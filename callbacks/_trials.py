@@ -14,47 +14,22 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from autotune.callbacks._probe import ProbeSet
+from autotune.callbacks._probe import ProbePlan, ProbeSet
+from autotune.callbacks._trainer.accumulation import is_out_of_memory, release_memory
 from autotune.callbacks._trainer.bar import SearchBar
 from autotune.callbacks._trainer.data import Replay, data_state, second_loader
 from autotune.callbacks._trainer.facts import surroundings
+from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
-from autotune.forecast.published import published_forecast
+from autotune.callbacks._trial import PlannedLeg, run_trial
 from autotune.pystate import Attributes
-from autotune.randomness import RandomState
-from autotune.search import Outcome, Recommendation, Search, SearchState, TrialStopper
-from autotune.search.observation import Status
+from autotune.search import Outcome, Recommendation
 from autotune.snapshot import Snapshot
 from autotune.stage.machine import Probe
-from autotune.stage.schedule import TrialShape
+from autotune.stage.settings import LRSettings
 
 #: Steps made to learn how long one takes; the median leaves the first, slow ones out.
 _TIMING_STEPS = 5
-
-
-@dataclass(frozen=True)
-class PlannedLeg:
-    """How the candidates of one leg of a search are tried.
-
-    Attributes:
-        searcher: Makes what proposes them, given the answer of the leg before (None for the first).
-        begin: Makes its first state from the probe of the present weights and the search's trials so far.
-        candidates: How many are planned at most.
-        shape: Of a trial's rate; its ``steps`` are the trial's length.
-        level: Share of its peak at which the run's rate stands now; a candidate is a peak.
-        forecast_to: Extrapolate each trial's training loss to this step (AutoLRS as published); None reads the probe.
-        evaluations: Probes spread over each trial, whose series is extrapolated instead (AutoLRS late in a run).
-        stop_early: Whether hopeless candidates are stopped.
-    """
-
-    searcher: Callable[[Recommendation | None], Search]
-    begin: Callable[[Search, Probe, tuple[Outcome, ...]], SearchState]
-    candidates: int
-    shape: TrialShape
-    level: float = 1.0
-    forecast_to: int | None = None
-    evaluations: int = 0
-    stop_early: bool = True
 
 
 @dataclass
@@ -68,6 +43,7 @@ class SearchResult:
         trial_steps: Optimizer steps made.
         cost: The same plus evaluations at their price.
         seconds: Wall time.
+        problem: What broke the search off; empty where nothing did.
     """
 
     start: Probe
@@ -77,6 +53,7 @@ class SearchResult:
     trial_steps: int = 0
     cost: float = 0.0
     seconds: float = 0.0
+    problem: str = ""
 
 
 class Trials:
@@ -100,18 +77,27 @@ class Trials:
         seed: int,
     ) -> None:
         self._trainer = trainer
+        self._ranks = Agreement(trainer)
         self._set_rates = set_rates
         self._ratios = list(ratios)
         self._seed = seed
-        extras = [data_state(trainer.fit_loop._combined_loader), Attributes(surroundings(trainer))]
-        self._snapshot = Snapshot.of_training(module, trainer.optimizers[0], extras)
+        self._module = module
+        self._snapshot = self._new_snapshot()
         self.probe_set: ProbeSet | None = None
 
-    def prepare_probe(self, *, monitor: str | None, mode: str, steps: float) -> None:
-        """Chooses the probe batches, once a fit."""
+    def _new_snapshot(self) -> Snapshot:
+        trainer = self._trainer
+        extras = [data_state(trainer.fit_loop._combined_loader), Attributes(surroundings(trainer))]
+        return Snapshot.of_training(self._module, trainer.optimizers[0], extras)
+
+    def prepare_probe(self, settings: LRSettings, *, steps: float, saved: dict[str, Any] | None = None) -> None:
+        """Chooses the probe batches, once a fit; those of a ``saved`` run again where it goes on."""
         if self.probe_set is None:
+            plan = ProbePlan.of(self._trainer, steps) if saved is None else ProbePlan(**saved)
             with self._snapshot.rolled_back():
-                self.probe_set = ProbeSet(self._trainer, monitor=monitor, mode=mode, seed=self._seed, steps=steps)
+                self.probe_set = ProbeSet(
+                    self._trainer, plan=plan, monitor=settings.monitor, mode=settings.mode, seed=self._seed
+                )
 
     @property
     def monitor(self) -> list[str | None]:
@@ -134,11 +120,19 @@ class Trials:
     def _sealed(self) -> Iterator[SideLoop]:
         self._snapshot.capture()
         try:
-            with side_loop(self._trainer) as loop:
+            with side_loop(self._trainer, self._training_state) as loop:
                 yield loop
         finally:
             self._set_rates(None)
             self._snapshot.restore()
+
+    @contextmanager
+    def _training_state(self) -> Iterator[None]:
+        """In a trial: the training state for a moment, then the trial's again."""
+        trial = self._new_snapshot()
+        with trial.rolled_back():
+            self._snapshot.restore()
+            yield
 
     def time_a_step(self, rate: float) -> tuple[float, int]:
         """Seconds one optimizer step takes, and the steps that were spent on timing it."""
@@ -150,7 +144,7 @@ class Trials:
                 began = time.monotonic()
                 loop.train_step(list(islice(source, self._window())))
                 times.append(time.monotonic() - began)
-        return max(sorted(times)[len(times) // 2], 1e-6), _TIMING_STEPS
+        return self._ranks.of_zero(max(sorted(times)[len(times) // 2], 1e-6)), _TIMING_STEPS
 
     def search(self, legs: Sequence[PlannedLeg], *, index: int, allowance: float) -> SearchResult:
         """Tries the candidates of one leg after the other, each leg knowing the trials of those before.
@@ -168,9 +162,10 @@ class Trials:
             with self._sealed() as loop:
                 result = SearchResult(self.probe_set(loop), cost=self.probe_set.cost)
                 self._snapshot.restore()
-                if math.isfinite(result.start.loss):
-                    for number, leg in enumerate(legs):
-                        self._run_leg(loop, leg, number, batches, result, bar, allowance)
+                for number, leg in enumerate(legs if math.isfinite(result.start.loss) else ()):
+                    self._run_leg(loop, leg, number, batches, result, bar, allowance)
+                    if result.problem:
+                        break
         finally:
             bar.clear()
         result.seconds = time.monotonic() - began
@@ -190,74 +185,52 @@ class Trials:
         state = leg.begin(searcher, result.start, tuple(result.outcomes))
         best: Outcome | None = None
         tried = 0
-        while (proposal := searcher.ask(state)) is not None:
+        # Rank zero proposes and recommends: two machines' fits may differ in the last bit.
+        while (proposal := self._ranks.of_zero(searcher.ask(state))) is not None:
             if result.cost + leg.shape.steps + max(1, leg.evaluations) * self.probe_cost > allowance:
                 break
             bar.trial(number, tried)
             tried += 1
-            outcome, reason = self._trial(loop, proposal.log_lr, leg, batches, best, bar)
+            tried_out = self._if_it_fits(loop, proposal.log_lr, leg, batches, best, bar)
+            if tried_out is None:
+                result.problem = "memory ran out in a trial"
+                result.cost += leg.shape.steps
+                break
+            outcome, reason = tried_out
             self._snapshot.restore()
             loop.rewind()
             result.outcomes.append(outcome)
             result.reasons.append(reason or proposal.reason)
             result.trial_steps += outcome.steps
-            result.cost += outcome.steps + self._probes_made(leg, outcome) * self.probe_cost
+            result.cost += outcome.steps + leg.probes_made(outcome.steps) * self.probe_cost
             state = searcher.tell(state, outcome)
             if outcome.status == "finished" and (best is None or outcome.loss < best.loss):
                 best = outcome
-        if tried and any(outcome.status != "diverged" for outcome in result.outcomes):
-            result.recommendation = searcher.recommend(state)
+        if tried and not result.problem and any(outcome.status != "diverged" for outcome in result.outcomes):
+            result.recommendation = self._ranks.of_zero(searcher.recommend(state))
 
-    @staticmethod
-    def _probes_made(leg: PlannedLeg, outcome: Outcome) -> int:
-        if leg.evaluations:
-            return outcome.steps * leg.evaluations // leg.shape.steps
-        return int(leg.forecast_to is None and outcome.steps == leg.shape.steps)
+    def _if_it_fits(self, *trial: Any) -> tuple[Outcome, str] | None:
+        try:
+            return self._trial(*trial)
+        except Exception as error:
+            # Only alone: several ranks wait for one another in the backward pass, and there is no way on.
+            if self._ranks.size > 1 or not is_out_of_memory(error):
+                raise
+        # Out of the except block: the exception holds the dead pass's frames, and so its activations.
+        release_memory()
+        return None
 
     def _trial(
-        self,
-        loop: SideLoop,
-        log_lr: float,
-        leg: PlannedLeg,
-        batches: Replay,
-        best: Outcome | None,
-        bar: SearchBar,
+        self, loop: SideLoop, log_lr: float, leg: PlannedLeg, batches: Replay, best: Outcome | None, bar: SearchBar
     ) -> tuple[Outcome, str]:
-        assert self.probe_set is not None
-        stopper = TrialStopper()
-        steps, lr = leg.shape.steps, math.exp(log_lr)
-        source = iter(batches)
-        curve: list[float] = []
-        probes: list[float] = []
-        for step in range(steps):
-            rate = lr * leg.level * leg.shape(step)
-            self._set_rates([rate * ratio for ratio in self._ratios])
-            curve.append(loop.train_step(list(islice(source, self._window()))))
-            bar.step()
-            verdict = stopper.judge(curve, None if best is None else list(best.curve), steps, curve[0])
-            if verdict.stop and (leg.stop_early or verdict.status == "diverged"):
-                loss = _stopped_at(curve, best)
-                how: Status = "diverged" if verdict.status == "diverged" else "stopped"
-                return Outcome(log_lr, steps, loss, len(curve), how, tuple(curve)), verdict.reason
-            if leg.evaluations and (step + 1) * leg.evaluations // steps > len(probes):
-                probes.append(self._aside(loop))
-        if leg.forecast_to is None:
-            loss = self.probe_set(loop).loss
-        elif probes:
-            loss = published_forecast(probes, round(leg.forecast_to * len(probes) / steps), training=False)
-        else:
-            loss = published_forecast(curve, leg.forecast_to)
-        status: Status = "finished" if math.isfinite(loss) else "diverged"
-        return Outcome(log_lr, steps, loss, len(curve), status, tuple(curve)), ""
+        probe_set, source = self.probe_set, iter(batches)
+        assert probe_set is not None
 
-    def _aside(self, loop: SideLoop) -> float:
-        """A probe in the middle of a trial, which goes on under its own randomness."""
-        assert self.probe_set is not None
-        generators = RandomState()
-        generators.capture()
-        loss = self.probe_set(loop).loss
-        generators.restore()
-        return loss
+        def step(rate: float) -> float:
+            self._set_rates([rate * ratio for ratio in self._ratios])
+            return self._ranks.mean([loop.train_step(list(islice(source, self._window())))])[0]
+
+        return run_trial(leg, log_lr, best, step, lambda: probe_set(loop).loss, bar)
 
     def _window(self) -> int:
         return int(min(self._trainer.accumulate_grad_batches, self._trainer.num_training_batches))
@@ -270,12 +243,3 @@ class Trials:
             return (batch for batch, _, _ in second_loader(combined, seed, limits))
 
         return Replay(open_stream)
-
-
-def _stopped_at(curve: Sequence[float], best: Outcome | None) -> float:
-    """Where a stopped trial would have ended: as far behind the best one's probe as it was on the same batches."""
-    if best is None or len(curve) > len(best.curve):
-        return math.nan
-    recent = max(1, len(curve) // 5)
-    behind = [own - other for own, other in zip(curve[-recent:], best.curve[len(curve) - recent :], strict=False)]
-    return best.loss + math.fsum(behind) / len(behind)

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 from autotune.callbacks._lr_run import LRRun
 from autotune.callbacks._run_log import RunLog
+from autotune.callbacks._saved import check_origin, stamp
 from autotune.callbacks._trainer.bar import show_on_bar
 from autotune.callbacks._trainer.data import refuse_one_shot
 from autotune.callbacks._trainer.facts import (
@@ -22,10 +23,9 @@ from autotune.callbacks._trainer.facts import (
 from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
-from autotune.errors import StateError
 from autotune.stage.settings import LRSettings, Mode, Objective, Proposals, SearchWhen
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class AutoLRS(Callback):
@@ -94,7 +94,7 @@ class AutoLRS(Callback):
     @property
     def trial_steps(self) -> int:
         """Optimizer steps spent in trials so far."""
-        return self._trial_steps if self._run is None else self._run.trial_steps
+        return self._trial_steps if self._run is None else self._run.costs.trial_steps
 
     @property
     def decisions(self) -> list[Decision]:
@@ -117,7 +117,7 @@ class AutoLRS(Callback):
         """Refuses what cannot be served, and starts to watch the data's position."""
         if stage == "fit":
             refuse_unsupported(trainer, self)
-            self._position = DataPosition()
+            self._run, self._position = None, DataPosition()
             self._position.attach(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -179,17 +179,18 @@ class AutoLRS(Callback):
         """Lets go of optimizer, loader and log."""
         if stage == "fit":
             self._release(trainer)
+            if self._run is not None:
+                self._decisions, self._trial_steps = self._run.decisions, self._run.costs.trial_steps
+                self._run = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """As at the end: hooks come off, what was decided stays readable."""
+        """Hooks come off. The state stays: who saves a checkpoint on an exception comes after us."""
         self._release(trainer)
 
     def _release(self, trainer: Any) -> None:
         self._position.detach(trainer)
         if self._run is not None:
-            self._decisions, self._trial_steps = self._run.decisions, self._run.trial_steps
             self._run.driver.remove()
-            self._run = None
         RunLog.end(trainer)
 
     def _opening(self, trainer: Any) -> dict[str, Any]:
@@ -213,8 +214,7 @@ class AutoLRS(Callback):
         if self._run is None:
             return {}
         return {
-            "version": _STATE_VERSION,
-            "settings": self.settings.to_dict(),
+            **stamp(_STATE_VERSION, self.settings.to_dict()),
             "decisions": [decision.to_dict() for decision in self._run.decisions],
             "run": self._run.state_dict(),
             "lr": self._lr,
@@ -229,16 +229,5 @@ class AutoLRS(Callback):
         """
         if not state_dict:
             return
-        if state_dict.get("version") != _STATE_VERSION:
-            raise StateError(
-                f"the checkpoint holds AutoLRS state of version {state_dict.get('version')!r}, this is version "
-                f"{_STATE_VERSION}: resume with the version of lightning-autotune that wrote it, or start a new fit"
-            )
-        ours, theirs = self.settings.to_dict(), state_dict["settings"]
-        different = [name for name in ours if ours[name] != theirs.get(name)]
-        if different:
-            said = ", ".join(f"{name}={ours[name]!r} (the checkpoint has {theirs.get(name)!r})" for name in different)
-            raise StateError(
-                f"AutoLRS was resumed with other settings: {said}; use the checkpoint's, or start a new fit"
-            )
+        check_origin("AutoLRS", _STATE_VERSION, self.settings.to_dict(), state_dict)
         self._saved = state_dict

@@ -78,6 +78,9 @@ class ReplaySchedule(Callback):
         refuse_unsupported(trainer, self)
         self._refuse_controllers(trainer)
         self._trainer = trainer
+        if self._schedule.resizes:
+            self._batches = BatchPlayer(self._schedule, self._record)
+            self._batches.attach(trainer)
         if not _present(trainer, "AdaptiveBatchSize"):  # which restores the position itself
             self._position = DataPosition()
             self._position.attach(trainer)
@@ -85,9 +88,8 @@ class ReplaySchedule(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """The state to resume is known, the loaders are not set up yet."""
         refuse_optimizers(trainer, self)
-        if self._schedule.resizes:
-            self._batches = BatchPlayer(self._schedule, self._record)
-            self._batches.attach(trainer, None if self._saved is None else self._saved["batches"])
+        if self._batches is not None:
+            self._batches.resume(trainer, None if self._saved is None else self._saved["batches"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Looks at the optimizer and opens the log."""

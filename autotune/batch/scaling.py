@@ -13,6 +13,7 @@ rule         ``r``                                                  source
 ===========  =====================================================  ==============================================
 linear       ``k``                                                  Goyal et al. 2017
 sqrt         ``sqrt(k)``                                            Malladi et al. 2022; Granziol et al. 2020
+sqrt_betas   ``sqrt(k)``, with :func:`scaled_betas`                 Malladi et al. 2022, definition 5.3
 adascale     ``(GNS/B + 1) / (GNS/(k B) + 1)``, in [1, k]           Johnson et al. 2020 (arXiv 2007.05105), eq. 4
 none         1                                                      AdAdaGrad
 ===========  =====================================================  ==============================================
@@ -28,8 +29,8 @@ from typing import Any, Literal, TypeAlias
 
 from autotune.errors import ConfigurationError
 
-Scaling: TypeAlias = Literal["auto", "linear", "sqrt", "adascale", "none"]
-SCALINGS = ("auto", "linear", "sqrt", "adascale", "none")
+Scaling: TypeAlias = Literal["auto", "linear", "sqrt", "sqrt_betas", "adascale", "none"]
+SCALINGS = ("auto", "linear", "sqrt", "sqrt_betas", "adascale", "none")
 
 
 def gain(rule: Scaling, growth: float, noise_scale: float, batch: float) -> float:
@@ -47,7 +48,7 @@ def gain(rule: Scaling, growth: float, noise_scale: float, batch: float) -> floa
     """
     if rule == "linear":
         return growth
-    if rule == "sqrt":
+    if rule in ("sqrt", "sqrt_betas"):
         return math.sqrt(growth)
     if rule == "none":
         return 1.0
@@ -73,6 +74,11 @@ def rule_for(optimizer: Any) -> Scaling:
     if names & {"Adagrad", "AdaGradNorm"}:
         return "none"
     return "sqrt"
+
+
+def scales_betas(rule: Scaling) -> bool:
+    """Whether Adam's betas and eps go with the rate."""
+    return rule == "sqrt_betas"
 
 
 def scaled_betas(betas: tuple[float, float], eps: float, growth: float) -> tuple[tuple[float, float], float]:

@@ -2,9 +2,15 @@
 
 Notation: as in :mod:`autotune.search.surrogate`; c is the log learning rate to start from, g the bracket's gap.
 
-The trials are at c and c - g; then at c - 2g if that was better or about equal and at c + g if not; then where the
-surrogate's lower confidence bound is lowest, within a gap of the best. The answer is the surrogate's minimum near the
-best trial. "About equal" is within ``level`` of the progress the better of the two has made.
+The trials are at c and c - g; then at c - 2g if that was better or about equal and at c + g if not; any more where the
+surrogate's lower confidence bound is lowest, within a gap of the best. "About equal" is within ``level`` of the
+progress the better of the two has made.
+
+The answer is the surrogate's minimum near the best trial, or the highest rate of a trial that ended within ``tie`` of
+the best one, whichever is higher: of two rates that do equally well in a short trial the higher one is mostly the
+better one over a long run (networks whose trials show a level valley, such as perceptrons, BatchNorm and fine-tuning,
+lost up to half of their progress to its lower end). The drift between horizons, which the surrogate learns too, is not
+used: it did not pay (``examples/benchmark/FINDINGS.md``).
 
 Down comes first because of what lies above: a rate that is too high for a transformer takes its loss to the level of
 the bytes' frequencies and leaves it there, so that all rates above the edge end equal. A surrogate that starts on such
@@ -20,7 +26,7 @@ from autotune.search.acquisition import Proposal, propose
 from autotune.search.optimizer import LRSearch
 from autotune.search.space import LogSpace
 from autotune.search.state import Outcome, SearchState
-from autotune.search.surrogate import SurrogatePrior
+from autotune.search.surrogate import Posterior, SurrogatePrior
 
 _GRID = 81
 
@@ -34,7 +40,8 @@ class BracketSearch(LRSearch):
         candidates: Trials.
         gap: Between neighbours, in decades.
         level: Share of the progress within which two trials count as equal, so that the walk goes on down.
-        near: The answer lies this close to the best trial, in decades.
+        near: The surrogate's minimum is looked for this close to the best trial, in decades.
+        tie: Share of the best trial's progress that a trial at a higher rate may be worse by and still be the answer.
         beta: Weight of the uncertainty in the bound.
         prior: Of the surrogate.
 
@@ -47,22 +54,25 @@ class BracketSearch(LRSearch):
         centre: float,
         space: LogSpace | None = None,
         *,
-        candidates: int = 4,
+        candidates: int = 3,
         gap: float = 0.5,
         level: float = 0.03,
         near: float = 0.25,
+        tie: float = 0.02,
         beta: float = 0.5,
         prior: SurrogatePrior | None = None,
     ) -> None:
         super().__init__(space, candidates=candidates, beta=beta, min_progress=0.0, prior=prior)
-        if not (gap > 0 and near >= 0 and 0 < centre < math.inf):
+        if not (gap > 0 and near >= 0 and tie >= 0 and 0 < centre < math.inf):
             raise ConfigurationError(
-                f"BracketSearch: centre and gap above 0, near at least 0; got {centre!r}, {gap!r}, {near!r}"
+                "BracketSearch: centre and gap above 0, near and tie at least 0; "
+                f"got {centre!r}, {gap!r}, {near!r}, {tie!r}"
             )
         self.centre = self.space.clip(math.log(centre))
         self.gap = gap * math.log(10.0)
         self.level = level
         self.near = near * math.log(10.0)
+        self.tie = tie
 
     def ask(self, state: SearchState) -> Proposal | None:
         """The next trial, or None when all candidates were tried or the space holds no new one."""
@@ -105,6 +115,17 @@ class BracketSearch(LRSearch):
         if not finished or not self.near:
             return super()._reach(state)
         return self.space.around(min(finished, key=_loss).log_lr, math.exp(self.near))
+
+    def _answer(self, posterior: Posterior, state: SearchState, optimum: float) -> tuple[float, str]:
+        finished = [outcome for outcome in state.outcomes if outcome.status == "finished"]
+        if not finished:
+            return optimum, "the answer"
+        best = min(outcome.loss for outcome in finished)
+        level = best + self.tie * max(state.initial_loss - best, 0.0)
+        highest = max(outcome.log_lr for outcome in finished if outcome.loss <= level)
+        if highest <= optimum:
+            return optimum, "the answer"
+        return highest, f"but {math.exp(highest):.3g} did as well within {self.tie:.0%} of a trial's progress"
 
 
 def _loss(outcome: Outcome) -> float:

@@ -142,18 +142,16 @@ class LRSearch:
             return self._without_progress(state, fitted, fraction)
         posterior, reach = fitted.posterior, self._reach(state)
         optimum = _lowest(posterior, reach, state.horizon_steps)
-        # Downwards only: an answer that is shifted up crosses the edge of stability, where losses grow tenfold.
-        drift = max(posterior.drift, 0.0)
-        drifted = optimum - drift * math.log(state.target_horizon_steps / state.horizon_steps)
-        log_lr = self.space.clip(drifted)
+        answer, shift = self._answer(posterior, state, optimum)
+        log_lr = self.space.clip(answer)
         mean, sd = posterior.predict(torch.tensor([log_lr], dtype=torch.float64), state.target_horizon_steps)
         gap, trial_gap = (math.nan, math.nan), (math.nan, math.nan)
         if state.current_log_lr is not None:
             gap = posterior.difference(state.current_log_lr, log_lr, state.target_horizon_steps)
             trial_gap = posterior.difference(state.current_log_lr, optimum, state.horizon_steps)
         reason = (
-            f"lowest posterior mean at {math.exp(optimum):.3g} after {state.horizon_steps} steps, shifted by "
-            f"drift {drift:.2f} to {state.target_horizon_steps} steps ({fitted.reason})"
+            f"lowest posterior mean at {math.exp(optimum):.3g} after {state.horizon_steps} steps, {shift} "
+            f"({fitted.reason})"
         )
         table = self._table(posterior, state, reach.grid(_TABLE))
         return Recommendation(optimum, log_lr, float(mean), float(sd), True, fraction, *gap, reason, table, *trial_gap)
@@ -170,6 +168,13 @@ class LRSearch:
             last=last,
             loss_noise=state.loss_noise,
         )
+
+    def _answer(self, posterior: Posterior, state: SearchState, optimum: float) -> tuple[float, str]:
+        """From the optimum of the trials' horizon to the log learning rate to train with, and why."""
+        # Downwards only: an answer that is shifted up crosses the edge of stability, where losses grow tenfold.
+        drift = max(posterior.drift, 0.0)
+        log_lr = optimum - drift * math.log(state.target_horizon_steps / state.horizon_steps)
+        return log_lr, f"shifted by drift {drift:.2f} to {state.target_horizon_steps} steps"
 
     def _reach(self, state: SearchState) -> LogSpace:
         if state.current_log_lr is None:

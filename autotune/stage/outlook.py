@@ -42,6 +42,11 @@ class Outlook:
     watch: tuple[tuple[float, float], ...] = ()
 
     @property
+    def interval(self) -> tuple[float, float, float]:
+        """Value, low, high."""
+        return self.value, self.low, self.high
+
+    @property
     def trusted(self) -> bool:
         """Whether there is a prediction."""
         return not self.reason

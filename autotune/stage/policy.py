@@ -1,8 +1,8 @@
 """How the steps that searching may cost are divided.
 
 The first search has two legs. The coarse one tries rates over all decades on trials of a few steps, which only tell
-the decade, and costs next to nothing. The fine one walks from there on trials a sixtieth of the run long. Both teach
-one surrogate, which learns from the two lengths how the best rate drifts with the length. What remains pays for
+the decade, and costs next to nothing. The fine one walks from there on trials a forty-fifth of the run long: a
+few long trials say more of a whole run than many short ones. Both teach one surrogate. What remains pays for
 probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a run ranks
 rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
 """
@@ -44,9 +44,9 @@ class SearchPolicy:
 
     coarse: int = 6
     coarse_trial: float = 1.0 / 32.0
-    fine: int = 4
+    fine: int = 3
     local: int = 3
-    fine_trial: float = 1.0 / 6.0
+    fine_trial: float = 1.0 / 4.5
     shortest_coarse: int = 3
     shortest_fine: int = 5
     reserve: float = 0.1
@@ -65,7 +65,7 @@ class SearchPolicy:
             probe: Steps one probe costs (one before the search, one after each trial).
 
         >>> SearchPolicy().first(200.0, 1.0)
-        [Leg(candidates=6, steps=6), Leg(candidates=4, steps=33)]
+        [Leg(candidates=6, steps=6), Leg(candidates=3, steps=44)]
         >>> SearchPolicy().first(5.0, 1.0)
         []
         """

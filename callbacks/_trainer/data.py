@@ -69,16 +69,19 @@ def _second(loader: Any, seed: int, limit: float, largest_batch: int | None) -> 
     clone = copy.copy(loader)
     generator = torch.Generator().manual_seed(seed)
     own: dict[str, Any] = {"_iterator": None, "persistent_workers": False, "generator": generator}
+    size = min(loader.batch_size or 1, largest_batch or loader.batch_size or 1)
     if isinstance(loader.dataset, IterableDataset):
         pass  # a new iterator over the data set is all there is; what it moves is put back by data_state
     elif _standard(loader):
         own["sampler"] = _shuffled(loader, limit, generator)
-        size = min(loader.batch_size or 1, largest_batch or loader.batch_size or 1)
         own["batch_sampler"] = BatchSampler(own["sampler"], size, drop_last=len(own["sampler"]) >= size)
     elif isinstance(loader.sampler, DistributedSampler):
         own["sampler"] = copy.copy(loader.sampler)
         own["sampler"].set_epoch(seed)
-        own["batch_sampler"] = BatchSampler(own["sampler"], loader.batch_size or 1, loader.drop_last)
+        own["batch_sampler"] = BatchSampler(own["sampler"], size, loader.drop_last)
+    elif isinstance(loader.batch_sampler, ResizableBatchSampler):
+        # An order of the user's own; the run's batch sampler keeps count of the run's batches and of no others.
+        own["batch_sampler"] = BatchSampler(loader.sampler, size, loader.drop_last)
     vars(clone).update(own)
     return clone
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from autotune.callbacks._trainer.bar import beside_bars
+from autotune.callbacks._trainer.ranks import Agreement
 from autotune.randomness import RandomState
 
 _LOGGER = logging.getLogger("autotune")
@@ -82,9 +83,10 @@ def training_loss(outputs: Any) -> Tensor | None:
 
 def early_stopping_waits(trainer: Any) -> bool:
     """Whether an early stopping callback has just used up half of its patience."""
-    return any(
+    waits = any(
         callback.wait_count == max(1, (callback.patience + 1) // 2) for callback in trainer.early_stopping_callbacks
     )
+    return bool(trainer.early_stopping_callbacks) and Agreement(trainer).any(waits)
 
 
 def versions() -> dict[str, str]:

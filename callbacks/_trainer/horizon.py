@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotune.batch.sampler import ResizableBatchSampler
+from autotune.callbacks._trainer.ranks import Agreement
 
 #: What Lightning puts in for a ``max_epochs`` that nobody set.
 _UNSET_EPOCHS = 1000
@@ -81,7 +82,8 @@ def plan(trainer: Any) -> Horizon:
 def done(trainer: Any, horizon: Horizon) -> float:
     """How much of the run is done, in the horizon's unit (updates where the end is not known)."""
     if horizon.unit == "seconds":
-        return float(_timer(trainer).time_elapsed())
+        # Rank zero's clock: two clocks never agree, and everything follows from the progress.
+        return Agreement(trainer).of_zero(float(_timer(trainer).time_elapsed()))
     if horizon.unit == "examples":
         epochs = trainer.fit_loop.epoch_progress.current.processed
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed

@@ -66,6 +66,7 @@ class LoopMeter:
             raise ConfigurationError(f"loss_reduction must be 'mean' or 'sum'; got {loss_reduction!r}")
         self.source = source
         self.extras = extras or Extras()
+        self.loss_reduction = loss_reduction
         self._summed = loss_reduction == "sum"
         self.preconditioned = preconditioned
         self._by_module = by_module

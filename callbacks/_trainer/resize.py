@@ -39,8 +39,10 @@ class ResizableLoader:
         self._sampler: ResizableBatchSampler | None = None
         self._loader: Any = None
         self._saved: dict[str, Any] | None = None
+        self._started = False
         self.first_size = 0
         self.first_batches = 0
+        self.first_accumulate = 1
         self._check_every: float | None = None
         self._units = 0
         self._resized = False
@@ -53,49 +55,80 @@ class ResizableLoader:
             raise UnsupportedSetupError(f"there is no training loader to resize: {_INSTEAD}")
         return self._sampler
 
-    def attach(self, trainer: Any, saved: dict[str, Any] | None = None) -> None:
-        """Exchanges every training loader that Lightning prepares from now on.
+    def attach(self, trainer: Any) -> None:
+        """Exchanges every training loader that Lightning prepares from now on; call before the optimizers are built.
 
-        Args:
-            trainer: The trainer, before its loaders are set up.
-            saved: :meth:`state_dict` of a run that goes on here.
+        A module's ``configure_optimizers`` may ask for ``trainer.estimated_stepping_batches``, which sets the loaders
+        up: they have the user's own size then, also in a run that goes on at a grown one, so that a schedule is built
+        for the length that was planned.
         """
-        self._saved = saved
-        connector = trainer._data_connector
-        original = type(connector)._prepare_dataloader
+        connector, fit_loop = trainer._data_connector, trainer.fit_loop
+        prepare_, setup_ = type(connector)._prepare_dataloader, type(fit_loop).setup_data
 
         def prepare(dataloader: object, shuffle: bool, mode: Any) -> object:
-            ready = original(connector, dataloader, shuffle=shuffle, mode=mode)
+            ready = prepare_(connector, dataloader, shuffle=shuffle, mode=mode)
             return self._wrap(ready) if getattr(mode, "value", mode) == "train" else ready
 
-        connector._prepare_dataloader = prepare
+        def setup_data() -> None:
+            before = self._sampler
+            setup_(fit_loop)
+            if self._sampler is not before:
+                self._set_up(trainer, before)
+
+        connector._prepare_dataloader, fit_loop.setup_data = prepare, setup_data
 
     def detach(self, trainer: Any) -> None:
         """Undoes :meth:`attach`."""
         vars(trainer._data_connector).pop("_prepare_dataloader", None)
+        vars(trainer.fit_loop).pop("setup_data", None)
 
     def _wrap(self, loader: object) -> object:
         sampler = _resizable(loader)
-        before = self._sampler
-        if self.first_size == 0:
-            self.first_size = sampler.batch_size
-        if self._saved is not None:
-            self.first_size = self._saved["first_size"]
-            sampler.load_state_dict(self._saved["sampler"])
-            self._resized = self._saved["resized"]
-            sampler.planned_updates = self._saved["planned_updates"]
-        elif before is not None:
-            # Reloaded every n epochs: the new loader goes on at the grown size.
-            sampler.resize(before.batch_size)
-            sampler.limit_examples = before.limit_examples
-            sampler.planned_updates = before.planned_updates
         clone: Any = copy.copy(loader)
         vars(clone).update(batch_sampler=sampler, batch_size=sampler.batch_size, _iterator=None)
         self._sampler, self._loader = sampler, clone
         return clone
 
+    def _set_up(self, trainer: Any, before: ResizableBatchSampler | None) -> None:
+        """Lightning has set a loader up: reads what limits and cadence mean, then puts the grown size back."""
+        sampler = self.sampler
+        if before is not None:
+            # Reloaded every n epochs: the new loader goes on at the grown size.
+            sampler.limit_examples, sampler.planned_updates = before.limit_examples, before.planned_updates
+            # What Lightning has opened to count it is opened again when the epoch begins.
+            sampler.end_epoch()
+            if before.batch_size != sampler.batch_size:
+                self.resize(trainer, before.batch_size)
+            return
+        batches = int(trainer.num_training_batches)
+        self.first_size, self.first_batches = sampler.batch_size, batches
+        if batches < len(sampler):
+            sampler.limit_examples = batches * self.first_size
+        self.first_accumulate = int(trainer.accumulate_grad_batches)
+        sampler.planned_updates = -(-batches // self.first_accumulate)
+        self._check_every = None if trainer.val_check_batch is None else float(trainer.val_check_batch)
+        if self._started:
+            self._apply_saved(trainer)
+
+    def resume(self, trainer: Any, saved: dict[str, Any] | None) -> None:
+        """The optimizers are built; ``saved`` is :meth:`state_dict` of a run that goes on here."""
+        self._saved, self._started = saved, True
+        if self._sampler is not None:
+            self._apply_saved(trainer)
+
+    def _apply_saved(self, trainer: Any) -> None:
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return
+        # Whoever restores the position opens the loader anew; until then its lengths are those of a whole epoch.
+        self.sampler.end_epoch()
+        self.sampler.load_state_dict(saved["sampler"])
+        vars(self._loader)["batch_size"] = self.sampler.batch_size
+        self._units, self._resized, self._due = saved["units"], saved["resized"], saved["due"]
+        self.after_restore(trainer)
+
     def start(self, trainer: Any) -> None:
-        """The loaders are set up: reads what the user's limits and cadence mean in examples.
+        """Training begins.
 
         Raises:
             UnsupportedSetupError: There is more than one training loader.
@@ -106,25 +139,8 @@ class ResizableLoader:
                 f"AdaptiveBatchSize resizes one training loader, and there are {count}: concatenate the data sets "
                 "(torch.utils.data.ConcatDataset), or leave the callback out"
             )
-        sampler = self.sampler
-        if self._saved is None:
-            batches = int(trainer.num_training_batches)
-            if batches < len(sampler):
-                sampler.limit_examples = batches * self.first_size
-            self.first_batches = batches
-            sampler.planned_updates = -(-batches // int(trainer.accumulate_grad_batches))
-        else:
-            self.first_batches = self._saved["first_batches"]
-            self._units = self._saved["units"]
-        interval = trainer.val_check_interval
-        self._check_every = None if trainer.val_check_batch is None else float(trainer.val_check_batch)
-        if self._saved is not None and self._check_every is not None:
-            whole = isinstance(interval, int) and not isinstance(interval, bool)
-            self._check_every = float(interval if whole else max(1, int(self.first_batches * interval)))
         if self._resized:
-            self.sync(trainer)
-            self._set_due(trainer, bool(self._saved and self._saved["due"]))
-        self._saved = None
+            self._set_due(trainer, bool(self._due))
 
     def resize(self, trainer: Any, size: int) -> int:
         """Batches that are not under way yet hold ``size`` examples.
@@ -185,6 +201,17 @@ class ResizableLoader:
             return self.first_batches
         return min(self.sampler.seen(batches) // self.first_size, self.first_batches)
 
+    def grown(self, trainer: Any) -> bool:
+        """Whether updates are not what the run was planned with."""
+        return self._resized or int(trainer.accumulate_grad_batches) != self.first_accumulate
+
+    def planned_updates_done(self, trainer: Any) -> list[int]:
+        """The planned updates that the update just done stands for: for each, the planned batches up to its end."""
+        ready, k = self.ready(trainer), int(trainer.accumulate_grad_batches)
+        before = self._units_at(trainer, (ready - 1) // k * k)
+        done = range(before + 1, self._units_at(trainer, ready) + 1)
+        return [at for at in done if at % self.first_accumulate == 0 or at == self.first_batches]
+
     def _set_due(self, trainer: Any, due: bool) -> None:
         self._due = due
         loop = trainer.fit_loop.epoch_loop
@@ -200,9 +227,6 @@ class ResizableLoader:
         """Primitives; position in the epoch included."""
         return {
             "sampler": self.sampler.state_dict(self.ready(trainer)),
-            "first_size": self.first_size,
-            "first_batches": self.first_batches,
-            "planned_updates": self.sampler.planned_updates,
             "units": self._units,
             "resized": self._resized,
             "due": bool(self._due),

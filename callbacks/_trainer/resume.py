@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from autotune.callbacks._trainer.ranks import Agreement
 from autotune.randomness import random_state, set_random_state
 
 
@@ -68,21 +69,30 @@ class DataPosition:
     def state_dict(self, trainer: Any) -> dict[str, Any]:
         """Position and generators, as primitives and tensors."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        ready, total = progress.current.ready, trainer.num_training_batches
-        inside = 0 < ready < total and not progress.is_last_batch
-        return {
-            "batches": ready if inside else 0,
+        # A batch that was fetched and not trained on (an exception came, in a trial perhaps) is fetched again.
+        ready, done = progress.current.ready, progress.current.processed
+        ended = done >= trainer.num_training_batches or (progress.is_last_batch and done == ready)
+        inside = ready > 0 and not ended
+        mine = {
             "opened": self._opened if inside else None,
             "first": self._first if inside else None,
             "now": _capture(_generators(trainer)),
         }
+        # With an exception on its way the ranks may not all be here.
+        together = trainer.state.status.value != "interrupted"
+        ranks = Agreement(trainer).gather(mine) if together else [mine]
+        return {"batches": done if inside else 0, "ranks": ranks}
 
     def restore(self, trainer: Any, saved: dict[str, Any]) -> None:
         """Brings loader and generators to where they were when ``saved`` was taken."""
+        everyone = saved["ranks"]
+        saved = {**saved, **everyone[trainer.global_rank if len(everyone) == trainer.world_size else 0]}
         if any(hasattr(loader, "load_state_dict") for loader in _loaders(trainer)):
             _apply(saved["now"], _generators(trainer))
             return
-        if saved["batches"] and saved["opened"] is not None:
+        if saved["opened"] is not None:
+            # Lightning keeps the flag where a run stopped inside an epoch's last batch, and would leave it out.
+            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
             self._opened, self._first = saved["opened"], saved["first"]
             self._fast_forward(trainer, saved["batches"])
         else:

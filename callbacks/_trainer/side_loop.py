@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -166,15 +166,53 @@ def _scratch_loop(trainer: Any) -> Any:
     return loop
 
 
+class _Parts:
+    """What a side loop exchanges on the trainer, as it was when this was made."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._loop = trainer.fit_loop.epoch_loop
+        self._saved = {name: getattr(trainer, name) for name in _SWAPPED if hasattr(trainer, name)}
+        self._stage = trainer.state.stage
+        self._current_fx = trainer.lightning_module._current_fx_name
+
+    def put_back(self) -> None:
+        trainer = self._trainer
+        trainer.fit_loop.epoch_loop = self._loop
+        for name, value in self._saved.items():
+            setattr(trainer, name, value)
+        trainer.state.stage = self._stage
+        trainer.lightning_module._current_fx_name = self._current_fx
+
+
+def _saves_training(trainer: Any, real: _Parts, aside: Callable[[], AbstractContextManager[None]]) -> Any:
+    """``trainer.save_checkpoint`` while a side loop is open: a signal handler may call it in the middle of a trial."""
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        present = _Parts(trainer)
+        real.put_back()
+        try:
+            with aside():
+                type(trainer).save_checkpoint(trainer, *args, **kwargs)
+        finally:
+            present.put_back()
+
+    return save_checkpoint
+
+
 @contextmanager
-def side_loop(trainer: Any) -> Iterator[SideLoop]:
-    """Opens a :class:`SideLoop`; whatever of the trainer it exchanges is put back, however it is left."""
+def side_loop(trainer: Any, aside: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[SideLoop]:
+    """Opens a :class:`SideLoop`; whatever of the trainer it exchanges is put back, however it is left.
+
+    Args:
+        trainer: In a running fit.
+        aside: A context in which model, optimizer and generators are those of training: whoever saves a checkpoint
+            while the loop is open saves these.
+    """
     fit_loop = trainer.fit_loop
-    real_loop = fit_loop.epoch_loop
-    saved = {name: getattr(trainer, name) for name in _SWAPPED if hasattr(trainer, name)}
-    stage = trainer.state.stage
-    current_fx = trainer.lightning_module._current_fx_name
+    real = _Parts(trainer)
     dummy_logger, no_profiler = _silent(trainer)
+    trainer.save_checkpoint = _saves_training(trainer, real, aside)
     fit_loop.epoch_loop = _scratch_loop(trainer)
     trainer._logger_connector = type(trainer._logger_connector)(trainer)
     trainer._loggers = [dummy_logger() for _ in trainer._loggers]
@@ -183,8 +221,5 @@ def side_loop(trainer: Any) -> Iterator[SideLoop]:
     try:
         yield SideLoop(trainer, fit_loop.epoch_loop)
     finally:
-        fit_loop.epoch_loop = real_loop
-        for name, value in saved.items():
-            setattr(trainer, name, value)
-        trainer.state.stage = stage
-        trainer.lightning_module._current_fx_name = current_fx
+        real.put_back()
+        vars(trainer).pop("save_checkpoint", None)

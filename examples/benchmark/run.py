@@ -11,6 +11,7 @@ again, everything else is kept. ``report.py`` reads the folder.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -33,7 +34,8 @@ from rivals import POLICIES, RIVALS, SHAPES, Fit, bare_trainer, method  # noqa: 
 from workloads import SUITE, Task, Workload  # noqa: E402
 
 RESULTS = HERE / "results"
-POINTS = 25  # measurements along a run's curve; they are the benchmark's own and cost the method nothing
+POINTS = 20  # measurements along a run's curve; they are the benchmark's own and cost the method nothing
+CURVE_EXAMPLES = 512  # of the validation set, for the curve; the loss at the end is that of the whole set
 
 
 def validation_loss(task: Task, batches: list[Any], optimizer: Any = None) -> float:
@@ -60,7 +62,8 @@ class Recorder(L.Callback):
     """Validation loss over total cost and the rate over updates; reads only."""
 
     def __init__(self, fit: Fit, batches: list[Any]) -> None:
-        self.fit, self.batches = fit, batches
+        enough = itertools.accumulate(len(batch[0]) for batch in batches)
+        self.fit, self.batches = fit, [b for b, seen in zip(batches, enough, strict=True) if seen <= CURVE_EXAMPLES]
         self.every = max(1, fit.updates // POINTS)
         self.curve: list[list[float]] = []
         self.rates: list[list[float]] = []

@@ -36,7 +36,7 @@ class MemoryLimit(L.Callback):
                 callback._windows.piece_limit = self.limit
 
 
-def fit(tmp_path, callback=None, model=None, train=None, val=None, extra=(), **kwargs):
+def fit(tmp_path, callback=None, model=None, train=None, val=None, extra=(), ckpt_path=None, **kwargs):
     # The norm rule on these gradients always asks for four times the batch.
     callback = callback or AdaptiveBatchSize(max_batch_size=16, rule="norm", every_n_steps=3)
     model = model or Weighing()
@@ -44,7 +44,8 @@ def fit(tmp_path, callback=None, model=None, train=None, val=None, extra=(), **k
     trainer = L.Trainer(callbacks=[callback, *extra], **options)
     L.seed_everything(1, verbose=False)
     val = validation() if val is None else val
-    trainer.fit(model, loader() if train is None else train, val or None)
+    resume = {} if ckpt_path is None else {"ckpt_path": ckpt_path, "weights_only": True}
+    trainer.fit(model, loader() if train is None else train, val or None, **resume)
     return trainer, model, callback
 
 
@@ -197,6 +198,27 @@ def test_a_growth_after_which_the_loss_explodes_is_undone_and_remembered(tmp_pat
     assert torch.isfinite(model.layer.weight).all()
     assert model.layer.weight.abs().max() < 0.1
     assert sum(len(batch) for batch in model.batches) == 300
+
+
+@pytest.mark.filterwarnings("ignore:autotune. per-example gradient noise covers")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize(("optimizer", "scaling"), [(torch.optim.SGD, "linear"), (torch.optim.Adam, "sqrt_betas")])
+def test_a_growth_on_probation_is_undone_after_a_resume_as_well(tmp_path, optimizer, scaling):
+    def run(model, **kwargs):
+        callback = AdaptiveBatchSize(max_batch_size=16, rule="norm", every_n_steps=3, lr_scaling=scaling)
+        return fit(tmp_path, callback, model, **kwargs)
+
+    whole, resumed = Fragile(optimizer=optimizer), Fragile(optimizer=optimizer)
+    trainer, _, callback = run(whole, extra=[Save(tmp_path / "mid.ckpt", 3)])
+    grow, undo = callback.decisions[1:]
+    assert grow.effective_step < 3 < undo.step
+    trainer_again, _, again = run(resumed, ckpt_path=tmp_path / "mid.ckpt")
+    assert again.decisions == callback.decisions
+    assert torch.equal(whole.layer.weight, resumed.layer.weight)
+    found = (one.optimizers[0].param_groups[0] for one in (trainer, trainer_again))
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in found]
+    assert groups[0] == groups[1]
+    assert groups[0].get("betas", (0.9, 0.999)) == (0.9, 0.999)
 
 
 @pytest.mark.parametrize("limit", [16, 3, 1])

@@ -67,7 +67,14 @@ def fit(name, callbacks):
     trainer.fit(model, DataLoader(data, 4, shuffle=True), DataLoader(TensorDataset(x[:200], y[:200]), 100))
     weights = {key: value.tolist() for key, value in model.state_dict().items()}
     path = None if listener.path is None else str(listener.path)
-    return {"path": path, "ours": sorted(set(recorder.ours)), "weights": weights, "log_dir": trainer.log_dir}
+    decisions = [[d.kind, d.action, d.step] for callback in callbacks for d in callback.decisions]
+    return {
+        "path": path,
+        "decisions": decisions,
+        "ours": sorted(set(recorder.ours)),
+        "weights": weights,
+        "log_dir": trainer.log_dir,
+    }
 
 
 if __name__ == "__main__":

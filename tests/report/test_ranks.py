@@ -38,6 +38,7 @@ def test_rank_zero_writes_and_a_replay_is_the_run_on_every_rank(tmp_path):
         assert one[fit]["ours"] == []
         assert "autotune/lr" in zero[fit]["ours"]
         assert "autotune/batch/batch" in zero[fit]["ours"]
+        assert zero[fit]["decisions"] == one[fit]["decisions"]
         assert zero[fit]["weights"] == one[fit]["weights"]
     assert zero["first"]["weights"] == zero["second"]["weights"]
     found = read_decisions(tmp_path / "run/a/version_0")

@@ -1,0 +1,73 @@
+"""The numbers and sentences of the learning-rate controller's decisions; no move is made here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from autotune.callbacks._lr_ledger import Costs
+from autotune.stage.machine import Probe, StageState
+from autotune.stage.outlook import Outlook
+
+
+def rate(state: StageState, before: StageState | None = None) -> dict[str, Any]:
+    """The peak (under a user's scheduler the multiplier), and the one before where it has changed."""
+    numbers: dict[str, Any] = {"lr": state.lr, "multiplier": state.lr}
+    return numbers if before is None else {**numbers, "previous_lr": before.lr}
+
+
+def begun(state: StageState, step: int, end_step: int, probe: Probe | None) -> dict[str, Any]:
+    """A stage begins at ``step`` and will end at ``end_step``."""
+    return {
+        "index": state.index,
+        "start_step": step,
+        "end_progress": state.end,
+        "end_step": end_step,
+        "loss": math.nan if probe is None else probe.loss,
+        **rate(state),
+    }
+
+
+def judged(state: StageState, step: int, probe: Probe, evidence: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """A stage ends at ``step``: the sentence and the numbers, its prediction's fate included."""
+    numbers: dict[str, Any] = {
+        "index": state.index,
+        "start_step": state.start_step,
+        "end_step": step,
+        "loss": probe.loss,
+        "previous_loss": math.nan if state.start_probe is None else state.start_probe.loss,
+        "evidence": list(evidence),
+    }
+    reason = f"stage {state.index} ends at a loss of {probe.loss:.4g}"
+    if state.prediction is not None:
+        value, low, high = state.prediction
+        inside = low <= probe.loss <= high
+        numbers |= {"prediction": value, "low": low, "high": high, "inside": inside}
+        reason += f"; {value:.4g} was predicted, {'inside' if inside else 'outside'} {low:.4g} to {high:.4g}"
+    return reason, numbers
+
+
+def rolled_back(state: StageState, before: StageState, step: int) -> dict[str, Any]:
+    """The run goes back from ``step`` to where ``before`` was best."""
+    return {"to_step": before.best_step, "lost_steps": step - before.best_step, **rate(state, before)}
+
+
+def expected(outlook: Outlook, now: Probe) -> tuple[str, dict[str, Any]]:
+    """What the forecaster says of the stage's end, or why it says nothing."""
+    if not outlook.trusted:
+        return outlook.reason, {"loss": now.loss}
+    value, low, high = outlook.interval
+    reason = f"a loss of {now.loss:.4g} now, {value:.4g} ({low:.4g} to {high:.4g}) expected at the stage's end"
+    return reason, {"loss": now.loss, "prediction": value, "low": low, "high": high, "level": 0.8}
+
+
+def finished(costs: Costs, state: StageState, step: int) -> tuple[str, dict[str, Any]]:
+    """The sum at the run's end."""
+    numbers: dict[str, Any] = {
+        "trial_steps": costs.trial_steps,
+        "real_steps": step,
+        "cost_steps": costs.spent,
+        "search_seconds": costs.seconds,
+        "searches": state.searches,
+    }
+    return f"searching cost {costs.spent / max(step, 1):.1%} of {step} updates", numbers
