@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autotune.batch.controller import BatchController, BatchState, Target
+from autotune.batch.controller import BatchController, BatchState, Decay, Target
 from autotune.batch.plan import Split, plan
 from autotune.batch.rules import Rule, Tolerances
 from autotune.batch.scaling import Scaling, gain, rule_for, scale_group_betas, scales_betas
@@ -83,8 +83,6 @@ class BatchRun:
         self._smoother = NoiseSmoother()
         self._noise: NoiseState = self._smoother.init()
         sampler, ranks = tools.loader.sampler, trainer.world_size
-        optimizer = trainer.optimizers[0]
-        self._rule = rule_for(optimizer) if settings.lr_scaling == "auto" else settings.lr_scaling
         self._split = self._before = Split(tools.loader.first_size, trainer.accumulate_grad_batches, ranks)
         self._next: Split | None = None
         self._record: Tensor | None = None
@@ -93,12 +91,24 @@ class BatchRun:
         self._watch = Watch()
         self._rates = Rates()
         self._rates.attach(trainer, self._split.examples)
+        self._rule = self._scaling(trainer)
         ceiling = settings.max_batch_size
         if ceiling is None:
             ceiling = sampler.examples * ranks // UPDATES_AN_EPOCH
         self._state: BatchState = self._controller.init(self._split.examples, ceiling)
         if saved is not None:
             self._go_on(trainer, module, saved)
+
+    def _scaling(self, trainer: Any) -> Scaling:
+        if self.settings.lr_scaling != "auto":
+            return self.settings.lr_scaling
+        in_decay = self.settings.rule == "noise_scale" and self._decay(trainer) is not None
+        return rule_for(trainer.optimizers[0], in_decay)
+
+    def _decay(self, trainer: Any) -> Decay | None:
+        """Where the rate stands in its schedule; None where it has none."""
+        level = self._rates.level(trainer)
+        return None if level is None else Decay(self._rates.base, level)
 
     @property
     def batch_size(self) -> int:
@@ -163,13 +173,13 @@ class BatchRun:
         RunLog.of(trainer).scalars({**values, "batch_size": self._state.batch})
         if self._next is not None or self._watch.active:
             return
-        target = self._controller.step(self._state, record, estimate, trainer.global_step)
+        target = self._controller.step(self._state, record, estimate, trainer.global_step, self._decay(trainer))
         if target is not None:
             self._grow(trainer, target, estimate.noise_scale)
 
     def _grow(self, trainer: Any, target: Target, noise_scale: float) -> None:
         limit = micro_limit(trainer, self._split.micro, self.tools.windows.piece_limit)
-        split = plan(target.batch, self._split, limit, self._state.ceiling)
+        split = plan(target.batch, self._split, limit, self._state.ceiling, self.tools.loader.first_size)
         if split.examples <= self._split.examples:
             return
         self._gain = gain(self._rule, split.examples / self._split.examples, noise_scale, self._split.examples)
@@ -225,10 +235,11 @@ class BatchRun:
         if grown.micro != self._split.micro:
             self.tools.loader.resize(trainer, self._split.micro)
         self._align(trainer, self.tools.loader.ready(trainer))
-        self._state = self._controller.undone(self._state, self._split.examples, trainer.global_step)
+        decay = self._decay(trainer)
+        self._state = self._controller.undone(self._state, self._split.examples, trainer.global_step, decay)
         reason = (
             f"the loss went from {losses['loss_before']:.4g} to {losses['loss_after']:.4g} after the batch had grown "
-            f"to {grown.examples}: weights, optimizer and batch go back, and it stays at {self._split.examples}"
+            f"to {grown.examples}: weights, optimizer and batch go back"
         )
         numbers = {"batch": self._split.examples, "batch_before": grown.examples, **losses}
         self._decide(trainer, "batch", "undo_growth", reason, numbers)
