@@ -18,6 +18,8 @@ HISTORY = 32
 WATCHED = 16
 #: Losses that are averaged before they count as an explosion.
 RECENT = 3
+#: Before its time is over a growth is only given up where the loss is so many times as far off as would do at its end.
+HOPELESS = 20.0
 #: Settings of an optimizer's groups that a growth may change beside the rate.
 SCALED = ("betas", "eps")
 
@@ -78,13 +80,15 @@ class Watch:
         return exploded
 
     def _exploded(self) -> bool:
+        """A loss that shoots up may come back by itself, as it does after any rise of a rate: it gets the whole time."""
         if not math.isfinite(self._since[-1]):
             return True
         mean, spread = self._usual
         if math.isnan(mean) or len(self._since) < RECENT:
             return False
         recent = sum(self._since[-RECENT:]) / RECENT
-        return recent > mean + 0.5 * abs(mean) + 4 * spread
+        patience = 1.0 if len(self._since) >= WATCHED else HOPELESS
+        return recent > mean + patience * (0.5 * abs(mean) + 4 * spread)
 
     @property
     def losses(self) -> dict[str, float]:

@@ -153,7 +153,7 @@ def table(names: list[str], seeds: list[int]) -> None:
                 own = dataclasses.replace(workload, batch_size=first)
                 runs = (
                     grown(
-                        own, AdaptiveBatchSize(max_batch_size=16 * start, **kwargs), rates[str(first)], seed, workload
+                        own, AdaptiveBatchSize(max_batch_size=16 * first, **kwargs), rates[str(first)], seed, workload
                     )
                     for seed in seeds
                 )
