@@ -80,7 +80,7 @@ class Watch:
         return exploded
 
     def _exploded(self) -> bool:
-        """A loss that shoots up may come back by itself, as it does after any rise of a rate: it gets the whole time."""
+        """A loss that shoots up may come back, as it often does after a rise of the rate: it gets the whole time."""
         if not math.isfinite(self._since[-1]):
             return True
         mean, spread = self._usual
