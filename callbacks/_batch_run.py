@@ -91,7 +91,6 @@ class BatchRun:
         self._watch = Watch()
         self._rates = Rates()
         self._rates.attach(trainer, self._split.examples)
-        self._rule = self._scaling(trainer)
         ceiling = settings.max_batch_size
         if ceiling is None:
             ceiling = sampler.examples * ranks // UPDATES_AN_EPOCH
@@ -100,6 +99,7 @@ class BatchRun:
             self._go_on(trainer, module, saved)
 
     def _scaling(self, trainer: Any) -> Scaling:
+        """Asked for at a growth: ``AutoLRS`` may start its run, and with it a schedule, after us."""
         if self.settings.lr_scaling != "auto":
             return self.settings.lr_scaling
         in_decay = self.settings.rule == "noise_scale" and self._decay(trainer) is not None
@@ -117,9 +117,10 @@ class BatchRun:
 
     def begin(self, trainer: Any) -> None:
         """Says what is going to happen."""
+        source, scaling = self.tools.meter.pick(trainer), self._scaling(trainer)
         reason = (
             f"start at {self._split.examples} examples an update, grow by the {self._controller.rule} rule to "
-            f"{self._state.ceiling} at most; noise from {self.tools.meter.pick(trainer)}, learning rate by {self._rule}"
+            f"{self._state.ceiling} at most; noise from {source}, learning rate by {scaling}"
         )
         self._decide(trainer, "setup", "set_batch", reason, {"max_batch": self._state.ceiling})
 
@@ -182,7 +183,9 @@ class BatchRun:
         split = plan(target.batch, self._split, limit, self._state.ceiling, self.tools.loader.first_size)
         if split.examples <= self._split.examples:
             return
-        self._gain = gain(self._rule, split.examples / self._split.examples, noise_scale, self._split.examples)
+        self._gain = gain(
+            self._scaling(trainer), split.examples / self._split.examples, noise_scale, self._split.examples
+        )
         self._next = split
         self._effective = self._send(trainer, split)
         numbers = {
@@ -222,7 +225,7 @@ class BatchRun:
         self._state = self._controller.grown(self._state, self._split.examples, trainer.global_step)
         self._rates.scale(self._gain)
         self._rates.grown(self._split.examples)
-        if scales_betas(self._rule):
+        if scales_betas(self.settings.lr_scaling):
             scale_group_betas(optimizer, growth)
         forget_peak(trainer)
 
