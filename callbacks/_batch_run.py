@@ -207,7 +207,8 @@ class BatchRun:
         total = int(trainer.num_training_batches)
         start = min(-(-max(first, ready) // split.accumulate) * split.accumulate, total)
         self._align(trainer, ready)
-        return trainer.global_step + -(-(start - ready) // now)
+        updates: int = trainer.global_step + -(-(start - ready) // now)
+        return updates
 
     def _align(self, trainer: Any, ready: int) -> None:
         """Lengthens the window where its new boundaries are boundaries of the old one too."""

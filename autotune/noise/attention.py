@@ -54,8 +54,9 @@ def is_supported(layer: nn.Module) -> bool:
     return type(layer) is nn.MultiheadAttention and (layer.dropout == 0.0 or not layer.training)
 
 
-def read(layer: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+def read(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     """The call's arguments, examples first."""
+    assert isinstance(layer, nn.MultiheadAttention)
     bound = _SIGNATURE.bind(layer, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
@@ -84,7 +85,7 @@ def instances(layer: nn.MultiheadAttention, inputs: Inputs, e: Tensor) -> dict[s
             # With weights: without them it takes the fused kernel, which cannot be batched.
             options = {"key_padding_mask": padding_, "attn_mask": mask, "need_weights": True}
             rows = (q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))
-            out = functional_call(bare, parameters_, rows, {**options, "is_causal": inputs.causal})[0]
+            out: Tensor = functional_call(bare, parameters_, rows, {**options, "is_causal": inputs.causal})[0]
             return (out * e_.unsqueeze(0)).sum()
 
         return grad(along)(parameters)
@@ -97,7 +98,7 @@ def instances(layer: nn.MultiheadAttention, inputs: Inputs, e: Tensor) -> dict[s
 
 def _bare(layer: nn.MultiheadAttention) -> nn.Module:
     """The layer without anybody's hooks, examples first, in the mode that never takes the fused inference path."""
-    bare = _without_hooks(layer)
+    bare: nn.Module = _without_hooks(layer)
     bare._modules = {name: child and _without_hooks(child) for name, child in layer._modules.items()}
     vars(bare).update(batch_first=True, dropout=0.0, training=True)
     return bare
