@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autotune.batch.controller import BatchController, BatchState, Target
+from autotune.batch.controller import BatchController, BatchState, Decay, Target
 from autotune.batch.plan import Split, plan
 from autotune.batch.rules import Rule, Tolerances
 from autotune.batch.scaling import Scaling, gain, rule_for, scale_group_betas, scales_betas
@@ -83,8 +83,6 @@ class BatchRun:
         self._smoother = NoiseSmoother()
         self._noise: NoiseState = self._smoother.init()
         sampler, ranks = tools.loader.sampler, trainer.world_size
-        optimizer = trainer.optimizers[0]
-        self._rule = rule_for(optimizer) if settings.lr_scaling == "auto" else settings.lr_scaling
         self._split = self._before = Split(tools.loader.first_size, trainer.accumulate_grad_batches, ranks)
         self._next: Split | None = None
         self._record: Tensor | None = None
@@ -100,6 +98,18 @@ class BatchRun:
         if saved is not None:
             self._go_on(trainer, module, saved)
 
+    def _scaling(self, trainer: Any) -> Scaling:
+        """Asked for at a growth: ``AutoLRS`` may start its run, and with it a schedule, after us."""
+        if self.settings.lr_scaling != "auto":
+            return self.settings.lr_scaling
+        in_decay = self.settings.rule == "noise_scale" and self._decay(trainer) is not None
+        return rule_for(trainer.optimizers[0], in_decay)
+
+    def _decay(self, trainer: Any) -> Decay | None:
+        """Where the rate stands in its schedule; None where it has none."""
+        level = self._rates.level(trainer)
+        return None if level is None else Decay(self._rates.base, level)
+
     @property
     def batch_size(self) -> int:
         """Global examples an update."""
@@ -107,13 +117,14 @@ class BatchRun:
 
     def begin(self, trainer: Any) -> None:
         """Says what is going to happen."""
+        source, scaling = self.tools.meter.pick(trainer), self._scaling(trainer)
         reason = (
             f"start at {self._split.examples} examples an update, grow by the {self._controller.rule} rule to "
-            f"{self._state.ceiling} at most; noise from {self.tools.meter.pick(trainer)}, learning rate by {self._rule}"
+            f"{self._state.ceiling} at most; noise from {source}, learning rate by {scaling}"
         )
-        self._decide(trainer, "setup", "set_batch", reason, self._opening())
+        self._decide(trainer, "setup", "set_batch", reason, self._opening(scaling))
 
-    def _opening(self) -> dict[str, Any]:
+    def _opening(self, scaling: Scaling) -> dict[str, Any]:
         """What the first record says beside the plan in words; a replay needs all of it."""
         return {
             "controller": "AdaptiveBatchSize",
@@ -122,8 +133,8 @@ class BatchRun:
             "micro": self._split.micro,
             "accumulate": self._split.accumulate,
             "rule": self._controller.rule,
-            "lr_scaling": self._rule,
-            "scale_betas": scales_betas(self._rule),
+            "lr_scaling": scaling,
+            "scale_betas": scales_betas(self.settings.lr_scaling),
             "epoch_examples": self.tools.loader.sampler.examples * self._split.ranks,
         }
 
@@ -177,16 +188,18 @@ class BatchRun:
         RunLog.of(trainer).scalars({**values, "batch_size": self._state.batch})
         if self._next is not None or self._watch.active:
             return
-        target = self._controller.step(self._state, record, estimate, trainer.global_step)
+        target = self._controller.step(self._state, record, estimate, trainer.global_step, self._decay(trainer))
         if target is not None:
             self._grow(trainer, target, estimate.noise_scale)
 
     def _grow(self, trainer: Any, target: Target, noise_scale: float) -> None:
         limit = micro_limit(trainer, self._split.micro, self.tools.windows.piece_limit)
-        split = plan(target.batch, self._split, limit, self._state.ceiling)
+        split = plan(target.batch, self._split, limit, self._state.ceiling, self.tools.loader.first_size)
         if split.examples <= self._split.examples:
             return
-        self._gain = gain(self._rule, split.examples / self._split.examples, noise_scale, self._split.examples)
+        self._gain = gain(
+            self._scaling(trainer), split.examples / self._split.examples, noise_scale, self._split.examples
+        )
         self._next = split
         self._effective = self._send(trainer, split)
         numbers = {
@@ -218,7 +231,7 @@ class BatchRun:
         self._state = self._controller.grown(self._state, self._split.examples, trainer.global_step)
         self._rates.scale(self._gain)
         self._rates.grown(self._split.examples)
-        if scales_betas(self._rule):
+        if scales_betas(self.settings.lr_scaling):
             scale_group_betas(optimizer, growth)
         forget_peak(trainer)
 
@@ -231,10 +244,11 @@ class BatchRun:
         if grown.micro != self._split.micro:
             self.tools.loader.resize(trainer, self._split.micro)
         self._align(trainer, self.tools.loader.ready(trainer))
-        self._state = self._controller.undone(self._state, self._split.examples, trainer.global_step)
+        decay = self._decay(trainer)
+        self._state = self._controller.undone(self._state, self._split.examples, trainer.global_step, decay)
         reason = (
             f"the loss went from {losses['loss_before']:.4g} to {losses['loss_after']:.4g} after the batch had grown "
-            f"to {grown.examples}: weights, optimizer and batch go back, and it stays at {self._split.examples}"
+            f"to {grown.examples}: weights, optimizer and batch go back"
         )
         numbers = {
             "batch": self._split.examples,

@@ -18,6 +18,8 @@ HISTORY = 32
 WATCHED = 16
 #: Losses that are averaged before they count as an explosion.
 RECENT = 3
+#: Before its time is over a growth is only given up where the loss is so many times as far off as would do at its end.
+HOPELESS = 20.0
 #: Settings of an optimizer's groups that a growth may change beside the rate.
 SCALED = ("betas", "eps")
 
@@ -107,13 +109,15 @@ class Watch:
         return exploded
 
     def _exploded(self) -> bool:
+        """A loss that shoots up may come back, as it often does after a rise of the rate: it gets the whole time."""
         if not math.isfinite(self._since[-1]):
             return True
         mean, spread = self._usual
         if math.isnan(mean) or len(self._since) < RECENT:
             return False
         recent = sum(self._since[-RECENT:]) / RECENT
-        return recent > mean + 0.5 * abs(mean) + 4 * spread
+        patience = 1.0 if len(self._since) >= WATCHED else HOPELESS
+        return recent > mean + patience * (0.5 * abs(mean) + 4 * spread)
 
     @property
     def losses(self) -> dict[str, float]:
@@ -167,13 +171,35 @@ class Rates:
         self._searches = 0
         self._searched_at = 0
         self._batch = 0
+        self._leveled = 0
+        self._peak = 0.0
+        self.base = 0
 
     def attach(self, trainer: Any, batch: int) -> None:
         """Finds out who drives the rate; ``batch`` is the global batch at the start."""
         self._auto = auto_lrs(trainer)
-        self._searched_at = self._batch = batch
+        self._searched_at = self._batch = self.base = batch
         if self._auto is None:
             self._steps = ScaledSteps(trainer.optimizers[0])
+
+    def level(self, trainer: Any) -> float | None:
+        """The scheduled rate in units of its highest so far, which was meant for :attr:`base`; None without a schedule.
+
+        A search of ``AutoLRS`` finds the rate of the batch as it is: base and peak are of that moment then.
+        """
+        if self._auto is not None:
+            now = self._auto.level
+            if self._searched() != self._leveled:
+                self._leveled, self._peak, self.base = self._searched(), 0.0, self._batch
+        else:
+            now = current_rates(trainer.optimizers[0])[0] if trainer.lr_scheduler_configs else None
+        if now is None:
+            return None
+        self._peak = max(self._peak, now)
+        return now / self._peak if self._peak > 0 else 1.0
+
+    def _searched(self) -> int:
+        return sum(decision.kind == "search" for decision in self._auto.decisions)
 
     def detach(self) -> None:
         """Takes the hooks off the optimizer."""
@@ -193,7 +219,7 @@ class Rates:
         """Asks for a search once the batch is four times that of the last one."""
         if self._auto is None:
             return
-        searches = sum(decision.kind == "search" for decision in self._auto.decisions)
+        searches = self._searched()
         if searches != self._searches:
             # A search since the last growth has found the rate of the batch as it was then.
             self._searches, self._searched_at = searches, self._searched_at if searches == 1 else self._batch
@@ -209,11 +235,15 @@ class Rates:
             "searches": self._searches,
             "searched_at": self._searched_at,
             "batch": self._batch,
+            "leveled": self._leveled,
+            "peak": self._peak,
+            "base": self.base,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; ``AutoLRS`` restores its own rate."""
         self.multiplier = state["multiplier"]
         self._searches, self._searched_at, self._batch = state["searches"], state["searched_at"], state["batch"]
+        self._leveled, self._peak, self.base = state["leveled"], state["peak"], state["base"]
         if self._steps is not None:
             self._steps.multiplier = self.multiplier

@@ -31,17 +31,21 @@ _STATE_VERSION = 1
 class AdaptiveBatchSize(Callback):
     """Measures gradient noise and grows the global batch with it: the micro-batch first, then accumulation.
 
-    Every example is still seen once an epoch; ``max_steps``, ``max_epochs``, validation cadence and schedulers keep
-    their meaning. The learning rate follows by the optimizer's family. A growth after which the loss explodes is
-    undone and not tried again; a batch that does not fit into memory is run in pieces. It never shrinks else.
+    Under a schedule (the user's or ``AutoLRS``'s) the batch grows in the place of the rate's decay, and the rate falls
+    the less for it; without one it grows towards the noise scale. Every example is still seen once an epoch;
+    ``max_steps``, ``max_epochs``, validation cadence and schedulers keep their meaning. A growth after which the loss
+    explodes is undone and not tried again; a batch that does not fit into memory is run in pieces. It never shrinks
+    else.
 
     Args:
         max_batch_size: Largest global batch, in examples; None for what leaves 32 updates an epoch.
         rule: ``"noise_scale"``, ours; or one of the published tests.
-        lr_scaling: ``"auto"``: AdaScale's gain for SGD, the square root for Adam and its kin, none for AdaGrad.
-            ``"sqrt_betas"`` also raises Adam's betas to the power of the growth k and divides eps by sqrt(k).
+        lr_scaling: ``"auto"``: for SGD AdaScale's gain (linear in the place of a decay), for Adam and its kin the
+            square root, and more where there is little noise (``"adam"``), none for AdaGrad. ``"sqrt_betas"`` also
+            raises Adam's betas to the power of the growth k and divides eps by sqrt(k).
         every_n_steps: Measure one update in so many.
-        noise_multiple: Our rule aims at so many noise scales.
+        noise_multiple: Our rule, without a schedule, aims at so many noise scales; in a decay they
+            say how far the rate may rise above its peak.
         eta: Tolerance of the published tests: of the norm and coordinate tests as a number; with theta and nu of the
             inner-product and augmented tests as ``Tolerances(eta, theta, nu)``.
         rest_updates: Least updates between two changes under our rule.
@@ -58,9 +62,9 @@ class AdaptiveBatchSize(Callback):
         rule: Rule = "noise_scale",
         lr_scaling: Scaling = "auto",
         every_n_steps: int = 10,
-        noise_multiple: float = 1.0,
+        noise_multiple: float = 0.25,
         eta: float | Tolerances = 0.5,
-        rest_updates: int = 50,
+        rest_updates: int = 20,
         loss_reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         if max_batch_size is not None and max_batch_size < 1:

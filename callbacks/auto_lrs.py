@@ -101,6 +101,14 @@ class AutoLRS(Callback):
         """Every decision so far, those of a resumed run's first part included."""
         return list(self._decisions if self._run is None else self._run.decisions)
 
+    @property
+    def level(self) -> float | None:
+        """The share of its peak at which the rate stands by its schedule; None where none decays."""
+        run = self._run
+        if run is None or not (run.driver.scheduled or run.plan.shape.decay):
+            return None
+        return float(run.driver.level(run.plan.shape(run.plan.progress)))
+
     def request_search(self, reason: str) -> None:
         """Asks for a search before the next update, the budget permitting (a grown batch does)."""
         if self._run is not None:

@@ -9,9 +9,10 @@ symbol          meaning                                                         
 ``rest``        least updates between two changes                                    updates
 ==============  ===================================================================  ========
 
-Batches only grow. Our rule doubles, when the smoothed noise scale's lower end says so, the last change is
-``rest`` updates ago (so that its effect is in the measurements) and the step up is worth its change. The
-published rules jump to what their one measurement asks for, as published.
+Batches only grow. Our rule doubles at the most, when the smoothed noise scale's lower end says so, the last change is
+``rest`` updates ago (so that its effect is in the measurements) and the step up is worth its change. Where the rate
+decays, the batch grows in the decay's place (see :func:`autotune.batch.rules.decay_test`): growing earlier costs loss.
+The published rules jump to what their one measurement asks for, as published.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from autotune.batch.rules import RULES, Rule, Tolerances, Verdict, noise_scale_test, published
+from autotune.batch.rules import RULES, Rule, Tolerances, Verdict, decay_test, noise_scale_test, published
 from autotune.errors import ConfigurationError, StateError
 from autotune.noise.smoothing import NoiseEstimate
 from autotune.noise.statistics import GradientRecord
@@ -38,12 +39,15 @@ class BatchState:
         ceiling: Largest allowed, examples.
         changed_at: Updates done when it last changed.
         growths: How often it has grown.
+        undone: How often a growth was taken back; after the first the noise scale is no longer believed, and in a
+            decay the batch only grows as far as the rate stays below its peak.
     """
 
     batch: int
     ceiling: int
     changed_at: int = 0
     growths: int = 0
+    undone: int = 0
 
     def state_dict(self) -> dict[str, int]:
         """Primitives only."""
@@ -59,6 +63,19 @@ class BatchState:
         if set(state) != set(cls.__dataclass_fields__):
             raise StateError(f"a batch state has the keys {sorted(cls.__dataclass_fields__)}; got {sorted(state)}")
         return cls(**state)
+
+
+@dataclass(frozen=True)
+class Decay:
+    """A scheduled rate that falls.
+
+    Attributes:
+        base: Batch that the schedule's peak was meant for, examples.
+        level: The rate that is scheduled now, in units of that peak.
+    """
+
+    base: int
+    level: float
 
 
 @dataclass(frozen=True)
@@ -88,8 +105,8 @@ class BatchController:
         self,
         rule: Rule = "noise_scale",
         tolerances: Tolerances | None = None,
-        multiple: float = 1.0,
-        rest_updates: int = 50,
+        multiple: float = 0.25,
+        rest_updates: int = 20,
         most_growth: float = 2.0,
     ) -> None:
         if rule not in RULES:
@@ -110,7 +127,14 @@ class BatchController:
         """Nothing decided yet; ``max_batch`` below the start means that the batch stays."""
         return BatchState(batch=batch, ceiling=max(batch, max_batch))
 
-    def step(self, state: BatchState, record: GradientRecord, estimate: NoiseEstimate, updates: int) -> Target | None:
+    def step(
+        self,
+        state: BatchState,
+        record: GradientRecord,
+        estimate: NoiseEstimate,
+        updates: int,
+        decay: Decay | None = None,
+    ) -> Target | None:
         """Looks at one measurement.
 
         Args:
@@ -118,6 +142,7 @@ class BatchController:
             record: The measurement, on the host.
             estimate: What smoothing makes of it and the earlier ones.
             updates: Real updates done.
+            decay: Where the rate stands in its schedule; None where there is none.
 
         Returns:
             What to grow to; None to stay. The state changes by :meth:`grown`, once the change is made.
@@ -127,7 +152,7 @@ class BatchController:
         if self.rule == "noise_scale":
             if updates - state.changed_at < self.rest_updates:
                 return None
-            verdict = noise_scale_test(estimate, state.batch, self.multiple)
+            verdict = self._verdict(state, estimate, decay)
             wanted = min(verdict.wanted, self.most_growth * state.batch)
             least = LEAST_GROWTH
         else:
@@ -138,10 +163,25 @@ class BatchController:
         batch = int(min(wanted, state.ceiling))
         if batch <= state.batch or (batch < least * state.batch and batch < state.ceiling):
             return None
-        return Target(batch, self._reason(state, verdict, batch), verdict.numbers)
+        return Target(batch, self._reason(state, verdict, batch, decay), verdict.numbers)
 
-    def _reason(self, state: BatchState, verdict: Verdict, batch: int) -> str:
+    def _verdict(self, state: BatchState, estimate: NoiseEstimate, decay: Decay | None) -> Verdict:
+        if decay is None:
+            return noise_scale_test(estimate, state.batch, self.multiple)
+        if not state.undone:
+            return decay_test(estimate, state.batch, self.multiple, decay.base, decay.level)
+        verdict = decay_test(estimate, state.batch, 0.0, decay.base, decay.level)
+        # In whole multiples of the base, rounded down: a plan that rounds up would raise the rate above its peak.
+        wanted = verdict.wanted // decay.base * decay.base
+        return replace(verdict, wanted=wanted, passes=not wanted > state.batch)
+
+    def _reason(self, state: BatchState, verdict: Verdict, batch: int, decay: Decay | None) -> str:
         capped = ", the most allowed" if batch == state.ceiling else ""
+        if self.rule == "noise_scale" and decay is not None:
+            return (
+                f"the scheduled rate is at {decay.level:.2f} of its peak: from {state.batch} grow to {batch}{capped}, "
+                "in the place of as much decay"
+            )
         if self.rule == "noise_scale":
             low, high = verdict.numbers["noise_scale_low"], verdict.numbers["noise_scale_high"]
             return (
@@ -154,6 +194,12 @@ class BatchController:
         """The batch is ``batch`` now."""
         return replace(state, batch=batch, changed_at=updates, growths=state.growths + 1)
 
-    def undone(self, state: BatchState, batch: int, updates: int) -> BatchState:
-        """The last growth was taken back to ``batch``, and is not tried again."""
-        return replace(state, batch=batch, ceiling=batch, changed_at=updates)
+    def undone(self, state: BatchState, batch: int, updates: int, decay: Decay | None = None) -> BatchState:
+        """The last growth was taken back to ``batch``, and is not tried again.
+
+        Where the rate decays, a first growth that failed may have raised the rate above its peak; without that it may
+        grow on.
+        """
+        last = decay is None or self.rule != "noise_scale" or state.undone > 0
+        ceiling = batch if last else state.ceiling
+        return replace(state, batch=batch, ceiling=ceiling, changed_at=updates, undone=state.undone + 1)

@@ -7,11 +7,15 @@ symbol         meaning                                         unit
 ``b``          ``micro``: one rank's micro-batch               examples
 ``k``          ``accumulate``: micro-batches in an update      count
 ``W``          ``ranks``                                       count
+``u``          ``unit``: ``b`` is a multiple of it             examples
 =============  ==============================================  ========
 
 The micro-batch grows first: it raises throughput, accumulation does not. Where memory ends, ``k`` is
 doubled, and only doubled: a new window length that is a multiple of the old one has its boundaries among
 the old ones, so a change needs to wait for one update at the most.
+
+Micro-batches are multiples of the loader's own: then an epoch's last batch holds one example only where it did so
+before (batch normalisation refuses a batch of one).
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ class Split:
         return self.micro * self.accumulate * self.ranks
 
 
-def plan(target: int, now: Split, micro_limit: int | None = None, max_examples: int | None = None) -> Split:
+def plan(
+    target: int, now: Split, micro_limit: int | None = None, max_examples: int | None = None, unit: int = 1
+) -> Split:
     """The split whose batch comes nearest to ``target``, growing from ``now``.
 
     Args:
@@ -47,21 +53,30 @@ def plan(target: int, now: Split, micro_limit: int | None = None, max_examples: 
         now: The present split; ``k`` never falls below its own.
         micro_limit: Largest micro-batch that memory holds; None where nothing is known to end.
         max_examples: Largest ``B``.
+        unit: ``u``; given up only where memory does not hold it.
 
     >>> plan(256, Split(32, 1), micro_limit=128)
     Split(micro=128, accumulate=2, ranks=1)
     >>> plan(100, Split(16, 3))
     Split(micro=33, accumulate=3, ranks=1)
+    >>> plan(100, Split(32, 1), unit=32)
+    Split(micro=96, accumulate=1, ranks=1)
     """
     ceiling = target if max_examples is None else min(target, max_examples)
-    accumulate = now.accumulate
-    while micro_limit is not None and -(-ceiling // (accumulate * now.ranks)) > max(micro_limit, 1):
-        accumulate *= 2
-    micro = max(round(ceiling / (accumulate * now.ranks)), 1)
     if micro_limit is not None:
-        micro = min(micro, max(micro_limit, 1))
+        micro_limit = max(micro_limit, 1)
+        unit = unit if unit <= micro_limit else 1
+    accumulate = now.accumulate
+    while micro_limit is not None and -(-ceiling // (accumulate * now.ranks)) > micro_limit:
+        accumulate *= 2
+    micro = max(round(ceiling / (accumulate * now.ranks * unit)), 1) * unit
+    if micro_limit is not None:
+        micro = min(micro, micro_limit // unit * unit)
     if max_examples is not None and micro * accumulate * now.ranks > max_examples:
-        micro = max(micro - 1, 1)
+        if micro > unit:
+            micro -= unit
+        elif micro_limit is not None and accumulate > now.accumulate:
+            micro, accumulate = micro_limit // unit * unit, accumulate // 2
     return Split(micro, accumulate, now.ranks)
 
 

@@ -15,11 +15,16 @@ linear       ``k``                                                  Goyal et al.
 sqrt         ``sqrt(k)``                                            Malladi et al. 2022; Granziol et al. 2020
 sqrt_betas   ``sqrt(k)``, with :func:`scaled_betas`                 Malladi et al. 2022, definition 5.3
 adascale     ``(GNS/B + 1) / (GNS/(k B) + 1)``, in [1, k]           Johnson et al. 2020 (arXiv 2007.05105), eq. 4
+adam         ``sqrt(k (k + GNS/B) / (1 + GNS/B))``, in [sqrt(k), k] ours: below
 none         1                                                      AdAdaGrad
 ===========  =====================================================  ==============================================
 
 AdaScale's gain ``(s^2 + m^2) / (s^2/k + m^2)`` is written with the variance ``s^2 = V/B`` of the batch's
 gradient and its mean's square ``m^2 = |G|^2``, so it is a function of the noise scale alone.
+
+The square root for Adam holds where noise is all there is: Adam divides by the root of ``m^2 + s^2``. One step on
+``k B`` examples goes as far as ``k`` steps on ``B`` did if the rate grows by ``k sqrt((1 + r/k) / (1 + r))`` with
+``r = GNS/B``: the square root where noise rules (``r`` large), ``k`` where there is none.
 """
 
 from __future__ import annotations
@@ -29,8 +34,8 @@ from typing import Any, Literal, TypeAlias
 
 from autotune.errors import ConfigurationError
 
-Scaling: TypeAlias = Literal["auto", "linear", "sqrt", "sqrt_betas", "adascale", "none"]
-SCALINGS = ("auto", "linear", "sqrt", "sqrt_betas", "adascale", "none")
+Scaling: TypeAlias = Literal["auto", "linear", "sqrt", "sqrt_betas", "adascale", "adam", "none"]
+SCALINGS = ("auto", "linear", "sqrt", "sqrt_betas", "adascale", "adam", "none")
 
 
 def gain(rule: Scaling, growth: float, noise_scale: float, batch: float) -> float:
@@ -52,28 +57,31 @@ def gain(rule: Scaling, growth: float, noise_scale: float, batch: float) -> floa
         return math.sqrt(growth)
     if rule == "none":
         return 1.0
-    if rule != "adascale":
+    if rule not in ("adascale", "adam"):
         raise ConfigurationError(f"lr_scaling must be one of {', '.join(SCALINGS)}; got {rule!r}")
     if math.isnan(noise_scale):
         return math.sqrt(growth)
     if math.isinf(noise_scale):
-        return growth
+        return growth if rule == "adascale" else math.sqrt(growth)
     ratio = max(noise_scale, 0.0) / batch
+    if rule == "adam":
+        return math.sqrt(growth * (growth + ratio) / (1.0 + ratio))
     return (ratio + 1.0) / (ratio / growth + 1.0)
 
 
-def rule_for(optimizer: Any) -> Scaling:
+def rule_for(optimizer: Any, in_decay: bool = False) -> Scaling:
     """``"auto"``, by optimizer family.
 
-    SGD takes AdaScale. What divides by a root of squared gradients takes the square root, apart from the
+    SGD takes AdaScale; in the place of a decay (``in_decay``) the batch only grows as far as the linear rule is
+    stable, and that is what it takes. What divides by a root of squared gradients takes ``"adam"``, apart from the
     AdaGrad family, whose accumulated sum shrinks with the batch by itself (AdAdaGrad does not rescale).
     """
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     if "SGD" in names:
-        return "adascale"
+        return "linear" if in_decay else "adascale"
     if names & {"Adagrad", "AdaGradNorm"}:
         return "none"
-    return "sqrt"
+    return "adam"
 
 
 def scales_betas(rule: Scaling) -> bool:

@@ -19,11 +19,13 @@ back-propagated.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from autotune.noise import attention
 
 #: Instantiated gradients: parameter name within the layer -> (N, *parameter shape).
 Instances: TypeAlias = "dict[str, Tensor]"
@@ -42,7 +44,18 @@ def is_supported(layer: nn.Module) -> bool:
     if isinstance(layer, _CONVOLUTIONS):
         return layer.padding_mode == "zeros" and type(layer) in _CONVOLUTIONS
     # A subclass may compute something else in forward: exact types only.
-    return type(layer) in (nn.Linear, *_NORMS)
+    return type(layer) in (nn.Linear, *_NORMS) or attention.is_supported(layer)
+
+
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The layer's parameters by name; an attention layer runs its output matrix itself."""
+    return dict(layer.named_parameters(recurse=isinstance(layer, nn.MultiheadAttention)))
+
+
+def first_axis_examples(layer: nn.Module, e: Tensor) -> Tensor:
+    """The output's gradient with the examples first."""
+    turned = isinstance(layer, nn.MultiheadAttention) and not layer.batch_first and e.ndim == 3
+    return e.transpose(0, 1) if turned else e
 
 
 def rows(layer: nn.Module, a: Tensor, e: Tensor) -> Rows:
@@ -111,11 +124,11 @@ def embedding_squares(layer: nn.Embedding, ids: Tensor, e: Tensor) -> Tensor:
     return torch.zeros(count, dtype=e.dtype, device=e.device).index_add_(0, owner, table.square().sum(1))
 
 
-def squares(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Tensor]:
+def squares(layer: nn.Module, a: Any, e: Tensor) -> dict[str, Tensor]:
     """Squared norms of the per-example gradients of each of the layer's parameters, shape (N,) each."""
     if isinstance(layer, nn.Embedding):
         return {"weight": embedding_squares(layer, a, e)}
-    if isinstance(layer, _NORMS):
+    if isinstance(layer, (*_NORMS, nn.MultiheadAttention)):
         return {name: grad.flatten(1).square().sum(1) for name, grad in instances(layer, a, e).items()}
     inputs, outputs = rows(layer, a, e)
     found = {"weight": weight_squares(inputs, outputs)}
@@ -124,8 +137,10 @@ def squares(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def instances(layer: nn.Module, a: Tensor, e: Tensor) -> Instances:
+def instances(layer: nn.Module, a: Any, e: Tensor) -> Instances:
     """The per-example gradients themselves, (N, *shape) for each of the layer's parameters."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return attention.instances(layer, a, e)
     if isinstance(layer, nn.Embedding):
         count = a.shape[0]
         flat, e = a.reshape(count, -1), widen(e).reshape(count, -1, layer.embedding_dim)
@@ -164,4 +179,4 @@ def _normalisation(layer: nn.Module, a: Tensor, e: Tensor) -> Instances:
 
 
 #: What turns a layer's (input, output gradient) into named per-example tensors.
-Reader: TypeAlias = Callable[[nn.Module, Tensor, Tensor], "dict[str, Tensor]"]
+Reader: TypeAlias = Callable[[nn.Module, Any, Tensor], "dict[str, Tensor]"]

@@ -14,24 +14,24 @@ A forward hook keeps a layer's input, a hook on its output takes the gradient wh
 examples.
 
 What cannot be told apart by example is left out by name, of ``|g|^2`` too, so that the estimate is a whole
-one of fewer parameters: layers of other kinds, parameters used without a layer (``nn.MultiheadAttention``
-uses its ``out_proj`` and ``in_proj_weight`` that way), inputs whose first axis is not the batch, a
-parameter that is used once by a layer and once by hand (seen in the graph of the loss). Batch normalisation
-in training mode is refused: with it an example's gradient depends on its neighbours, and the quantity does
-not exist.
+one of fewer parameters: layers of other kinds, parameters used without a layer, attention with dropout (see
+:mod:`autotune.noise.attention`), inputs whose first axis is not the batch, a parameter that is used once by a
+layer and once by hand (seen in the graph of the loss). Batch normalisation in training mode is refused: with it
+an example's gradient depends on its neighbours, and the quantity does not exist.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autotune.errors import UnsupportedSetupError
-from autotune.noise import layers
+from autotune.noise import attention, layers
+from autotune.noise.calls import Call, Coverage
 from autotune.noise.graph import unaccounted
 from autotune.noise.microbatch import Extras, coordinate_ratio, upper_quantile
 from autotune.noise.parameters import Metric, ParameterSet, weighted
@@ -40,29 +40,6 @@ from autotune.noise.statistics import ChunkSums, GradientRecord
 
 #: Instantiated gradients of a shared parameter larger than this (numbers) are left out instead.
 INSTANCE_LIMIT = 1 << 26
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What an estimate covers.
-
-    Attributes:
-        share: Part of the trainable parameters (by count of numbers) that is covered.
-        excluded: Name -> why it is not.
-    """
-
-    share: float
-    excluded: dict[str, str]
-
-
-@dataclass
-class _Call:
-    """One use of a layer in the forward pass that has not been back-propagated yet."""
-
-    name: str
-    layer: nn.Module
-    inputs: Tensor
-    gradient: Tensor | None = None
 
 
 class PerExampleMeter:
@@ -88,7 +65,7 @@ class PerExampleMeter:
         self.metric: Metric | None = None
         self._index = {id(parameter): i for i, parameter in enumerate(parameters.parameters)}
         self._handles: list[Any] = []
-        self._pending: dict[int, _Call] = {}
+        self._pending: dict[int, Call] = {}
         self._uses: Counter[int] = Counter()
         self._armed = False
         self._batch = 0
@@ -135,8 +112,9 @@ class PerExampleMeter:
         self.detach()
         self.refuse_coupled()
         for name, module in self.model.named_modules():
-            if layers.is_supported(module) and any(id(p) in self._index for p in module.parameters(False)):
-                self._handles.append(module.register_forward_hook(self._forward_hook(name)))
+            mine = layers.own_parameters(module).values() if layers.is_supported(module) else ()
+            if any(id(parameter) in self._index for parameter in mine):
+                self._handles.append(module.register_forward_hook(self._forward_hook(name), with_kwargs=True))
 
     def detach(self) -> None:
         """Takes every hook off and forgets what was kept."""
@@ -147,44 +125,59 @@ class PerExampleMeter:
         self._armed = False
 
     def _forward_hook(self, name: str) -> Any:
-        def forward_hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad or not inputs:
+        def forward_hook(layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            weights = None
+            if isinstance(layer, nn.MultiheadAttention):
+                output, weights = output
+            elif not inputs:
                 return
-            call = _Call(name, layer, inputs[0].detach())
+            if not output.requires_grad:
+                return
+            attends = isinstance(layer, nn.MultiheadAttention)
+            call = Call(name, layer, attention.read(layer, inputs, kwargs) if attends else inputs[0].detach())
             self._pending[id(call)] = call
-            output.register_hook(lambda gradient: self._backward(call, gradient))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda gradient: self._backward(call, gradient))
+            if weights is not None and weights.requires_grad:
+                weights.register_hook(lambda gradient: self._leave_out(call, "the loss uses its attention weights"))
 
         return forward_hook
 
-    def _backward(self, call: _Call, gradient: Tensor) -> None:
+    def _backward(self, call: Call, gradient: Tensor) -> None:
         # A pass that nobody armed (a trial, a user's own backward) takes its calls away with it.
         self._pending.pop(id(call), None)
         if not self._armed:
             return
         call.gradient = gradient.detach()
-        uses = [self._uses[id(parameter)] for parameter in call.layer.parameters(False)]
+        uses = [self._uses[id(parameter)] for parameter in layers.own_parameters(call.layer).values()]
         simple = self.metric is None and not (self.extras.inner or self.extras.coordinate)
         if simple and max(uses, default=0) == 1:
             self._take(call, layers.squares, self._norms)
         else:
             self._take(call, layers.instances, self._grads)
 
-    def _take(self, call: _Call, reader: layers.Reader, store: dict[int, Tensor]) -> None:
-        layer, a, e = call.layer, call.inputs, call.gradient
-        assert e is not None
-        own = {key: p for key, p in layer.named_parameters(recurse=False) if id(p) in self._index}
+    def _take(self, call: Call, reader: layers.Reader, store: dict[int, Tensor]) -> None:
+        layer, a = call.layer, call.inputs
+        assert call.gradient is not None
+        e = layers.first_axis_examples(layer, call.gradient)
+        own = self._own(layer)
         reason = self._reason(a, e, own, reader)
         if reason is not None:
-            self._excluded.update({f"{call.name}.{key}": reason for key in own})
-            for parameter in own.values():
-                self._uses[id(parameter)] = -(10**6)
+            self._leave_out(call, reason)
             return
         for key, value in reader(layer, a, e).items():
             if key in own:
                 before = store.get(id(own[key]))
                 store[id(own[key])] = value if before is None else before + value
 
-    def _reason(self, a: Tensor, e: Tensor, own: dict[str, nn.Parameter], reader: layers.Reader) -> str | None:
+    def _own(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        return {key: p for key, p in layers.own_parameters(layer).items() if id(p) in self._index}
+
+    def _leave_out(self, call: Call, reason: str) -> None:
+        for key, parameter in self._own(call.layer).items():
+            self._excluded[f"{call.name}.{key}"] = reason
+            self._uses[id(parameter)] = -(10**6)
+
+    def _reason(self, a: Any, e: Tensor, own: dict[str, nn.Parameter], reader: layers.Reader) -> str | None:
         if a.ndim == 0 or a.shape[0] != self._batch or e.shape[0] != self._batch:
             return f"its input's first axis is {a.shape[0] if a.ndim else 0} long, the batch {self._batch}"
         numbers = self._batch * max((p.numel() for p in own.values()), default=0)
@@ -203,7 +196,7 @@ class PerExampleMeter:
         self._batch, self.metric, self._armed = batch, metric, True
         self._norms, self._grads, self._uses = {}, {}, Counter()
         for call in self._pending.values():
-            self._uses.update(id(parameter) for parameter in call.layer.parameters(False))
+            self._uses.update(id(parameter) for parameter in layers.own_parameters(call.layer).values())
         self._by_hand = {} if loss is None else unaccounted(loss, self._uses)
 
     def end_chunk(self, scale: float | Tensor) -> None:

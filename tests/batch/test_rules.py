@@ -1,14 +1,16 @@
+import itertools
 import math
 
 import pytest
 import torch
 
-from autotune.batch.controller import BatchController, BatchState
+from autotune.batch.controller import BatchController, BatchState, Decay
 from autotune.batch.plan import Split, micro_limit_from_memory, plan
 from autotune.batch.rules import (
     Tolerances,
     augmented_test,
     coordinate_test,
+    decay_test,
     inner_product_test,
     noise_scale_test,
     norm_test,
@@ -98,7 +100,7 @@ def step(controller, state, low, updates):
 
 
 def test_ours_doubles_at_most_rests_and_stops_at_the_ceiling():
-    controller = BatchController(rest_updates=10)
+    controller = BatchController(multiple=1.0, rest_updates=10)
     state = controller.init(32, 100)
     sizes = []
     for updates in range(10, 50):
@@ -110,11 +112,39 @@ def test_ours_doubles_at_most_rests_and_stops_at_the_ceiling():
 
 
 def test_ours_never_shrinks_and_ignores_small_steps():
-    controller = BatchController(rest_updates=0)
+    controller = BatchController(multiple=1.0, rest_updates=0)
     state = controller.init(100, 1000)
     for low in (5.0, 99.0, 120.0, 0.0, math.nan):
         assert step(controller, state, low, 1) == state
     assert step(controller, state, 130.0, 1).batch == 130
+
+
+def test_in_a_decay_the_batch_keeps_progress_and_temperature():
+    """At the batch asked for, rate times growth is the most AdaScale allows there; without noise, the peak."""
+    for low, level in ((0.0, 0.5), (0.0, 0.3), (100.0, 0.9), (1000.0, 0.95), (64.0, 0.7)):
+        wanted = decay_test(estimate(low), 32, 1.0, base=32, level=level).wanted
+        growth = wanted / 32
+        if wanted < max(4 * 32, low) - 1e-6:
+            assert level * growth == pytest.approx(gain("adascale", growth, low, 32), rel=1e-6)
+    assert decay_test(estimate(1e5), 32, 1.0, base=32, level=1.0).passes
+    assert decay_test(estimate(0.0), 32, 1.0, base=32, level=1e-9).wanted == 128.0
+    assert decay_test(estimate(0.0), 32, 1.0, base=32, level=0.0).wanted == 128.0
+
+
+def test_after_a_growth_that_failed_the_rate_stays_below_its_peak():
+    controller = BatchController(multiple=1.0, rest_updates=0)
+    state, decay = controller.init(32, 1024), Decay(32, 0.9)
+    target = controller.step(state, record_of(gradients()), estimate(1e4), 1, decay)
+    assert target is not None
+    assert target.batch == 64
+    failed = controller.undone(controller.grown(state, 64, 1), 32, 5, decay)
+    assert failed.ceiling == 1024
+    assert controller.step(failed, record_of(gradients()), estimate(1e4), 9, decay) is None
+    later = controller.step(failed, record_of(gradients()), estimate(1e4), 99, Decay(32, 0.5))
+    assert later is not None
+    assert later.batch == 64
+    assert controller.undone(controller.grown(failed, 64, 99), 32, 101, decay).ceiling == 32
+    assert controller.undone(state, 32, 5).ceiling == 32
 
 
 def test_published_rules_jump_and_stop_at_the_ceiling():
@@ -162,13 +192,26 @@ def test_plans_grow_the_micro_batch_first_and_double_accumulation_after():
         Split(0, 1)
 
 
+def test_planned_micro_batches_are_multiples_of_the_loaders_own():
+    """So that an epoch ends on a single example only where it did before."""
+    for unit, accumulate in itertools.product((2, 7, 32), (1, 3)):
+        for target in range(unit, 40 * unit, 5):
+            for limit in (None, 2 * unit + 1):
+                split = plan(target, Split(unit, accumulate), limit, max_examples=30 * unit, unit=unit)
+                assert split.micro % unit == 0
+                assert split.examples <= max(30 * unit, unit * accumulate)
+                assert limit is None or split.micro <= limit
+    assert plan(40, Split(4, 3), 5, max_examples=40, unit=4) == Split(4, 6)
+    assert plan(64, Split(8, 1), 3, unit=8) == Split(2, 32)
+
+
 def test_memory_limit_is_linear_and_never_below_what_fitted():
     assert micro_limit_from_memory(2_000, 1_000, 10, 11_000, fill=1.0) == 100
     assert micro_limit_from_memory(10_000, 1_000, 10, 10_000) == 10
 
 
 def test_gains_are_laws():
-    for rule in ("linear", "sqrt", "adascale", "none"):
+    for rule in ("linear", "sqrt", "adascale", "adam", "none"):
         assert gain(rule, 1.0, 50.0, 32) == pytest.approx(1.0)
     for noise in (0.0, 1.0, 100.0, math.inf):
         assert 1.0 <= gain("adascale", 4.0, noise, 32) <= 4.0
@@ -177,6 +220,13 @@ def test_gains_are_laws():
     v, m, k, batch = 3.0, 0.2, 4.0, 16
     published = (v / batch + m) / (v / batch / k + m)
     assert gain("adascale", k, v / m, batch) == pytest.approx(published)
+    assert gain("adam", 4.0, math.inf, 32) == pytest.approx(gain("adam", 4.0, 1e12, 32)) == 2.0
+    assert gain("adam", 4.0, 0.0, 32) == pytest.approx(4.0)
+    whole = gain("adam", 8.0, 70.0, 32)
+    assert gain("adam", 2.0, 70.0, 32) * gain("adam", 4.0, 70.0, 64) == pytest.approx(whole)
+    # k steps of eta m / sqrt(m^2 + s^2) are one step of k times the batch.
+    small, large = 1 / math.sqrt(m + v / batch), 1 / math.sqrt(m + v / batch / k)
+    assert gain("adam", k, v / m, batch) * large == pytest.approx(k * small)
     with pytest.raises(ConfigurationError):
         gain("auto", 2.0, 1.0, 1)
 
@@ -184,8 +234,9 @@ def test_gains_are_laws():
 def test_auto_follows_the_optimizers_family():
     weight = [torch.nn.Parameter(torch.ones(2))]
     assert rule_for(torch.optim.SGD(weight, momentum=0.9, lr=0.1)) == "adascale"
-    assert rule_for(torch.optim.AdamW(weight)) == "sqrt"
-    assert rule_for(torch.optim.RMSprop(weight)) == "sqrt"
+    assert rule_for(torch.optim.AdamW(weight)) == "adam"
+    assert rule_for(torch.optim.RMSprop(weight)) == "adam"
+    assert rule_for(torch.optim.SGD(weight, lr=0.1), in_decay=True) == "linear"
     assert rule_for(torch.optim.Adagrad(weight)) == "none"
     assert rule_for(AdaGradNorm(weight)) == "none"
 

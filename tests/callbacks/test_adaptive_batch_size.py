@@ -172,7 +172,7 @@ def test_the_default_rule_grows_a_noisy_run(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    callback = AdaptiveBatchSize(max_batch_size=128, every_n_steps=5, rest_updates=20)
+    callback = AdaptiveBatchSize(max_batch_size=128, every_n_steps=5, rest_updates=20, noise_multiple=1.0)
     fit(tmp_path, callback, Regression(), DataLoader(data, 8, shuffle=True), val=[], max_epochs=4)
     assert callback.batch_size > 64
     grown = [d.numbers["batch"] for d in callback.decisions if d.action == "grow"]
@@ -365,5 +365,6 @@ def test_bad_arguments(bad):
 
 def test_the_default_leaves_32_updates_an_epoch(tmp_path):
     callback = AdaptiveBatchSize(rule="norm", every_n_steps=2)
-    fit(tmp_path, callback, Weighing(320), loader(320, 4), max_epochs=2)
-    assert callback.batch_size == 10
+    fit(tmp_path, callback, Weighing(448), loader(448, 4), max_epochs=2)
+    # 448 / 32 = 14, and a multiple of the loader's 4.
+    assert callback.batch_size == 12

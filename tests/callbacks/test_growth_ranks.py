@@ -57,6 +57,7 @@ def fit_rank(out, rank, rendezvous, shuffle, drop_last, workers):
         ("shuffle", "keep", 0),
         pytest.param("plain", "drop", 0, marks=pytest.mark.slow),
         pytest.param("shuffle", "drop", 2, marks=pytest.mark.slow),
+        pytest.param("plain", "keep", 2, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_agree_and_see_every_example_once(tmp_path, shuffle, drop_last, workers):

@@ -103,3 +103,48 @@ def test_a_resumed_run_steps_on_from_where_it_was(tmp_path):
     fit(tmp_path, resumed, ckpt=tmp_path / "mid.ckpt")
     assert resumed.rates == whole.rates[9:]
     assert whole.rates[-1] < 0.2
+
+
+class Noisy(Scheduled):
+    """Random labels: there is nothing but noise; ``pure``: hardly any."""
+
+    def __init__(self, pure=False):
+        super().__init__(examples=8)
+        self.pure = pure
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (self.layer(x) - (x.sum(1, keepdim=True) if self.pure else y)).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        made = super().configure_optimizers()
+        made[0][0].param_groups[0]["lr"] = made[0][0].param_groups[0]["initial_lr"] = 0.01
+        made[1][0]["scheduler"].base_lrs = [0.01]
+        return made
+
+
+def test_the_default_rule_takes_the_place_of_the_decay(tmp_path):
+    """Fewer updates; no growth at the peak; the rate rises above it only where noise allows."""
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(1000, 8), torch.randn(1000, 1))
+    updates = {}
+    for pure in (False, True):
+        callback = AdaptiveBatchSize(max_batch_size=128, every_n_steps=5, rest_updates=5)
+        trainer = L.Trainer(callbacks=[callback], max_epochs=4, default_root_dir=tmp_path, **QUIET)
+        L.seed_everything(1, verbose=False)
+        model = Noisy(pure)
+        rates = []
+        model.on_before_zero_grad = lambda optimizer, rates=rates: rates.append(optimizer.param_groups[0]["lr"])
+        trainer.fit(model, torch.utils.data.DataLoader(data, 8, shuffle=True))
+        grown = [d for d in callback.decisions if d.action == "grow"]
+        assert grown[0].numbers["batch"] == 16
+        updates[pure] = trainer.global_step
+        for decision in grown:
+            assert decision.numbers["lr_gain"] == decision.numbers["batch"] / decision.numbers["batch_before"]
+        # 16 is nearer than 8 from 12 on, where a pure signal's rate would be at two thirds of its peak.
+        assert pure is False or max(rates) <= 0.01 * 16 / 12 * 1.1
+    assert updates[True] <= 0.62 * 500
+    assert updates[False] < updates[True]

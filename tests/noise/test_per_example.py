@@ -90,6 +90,24 @@ CASES = {
     "embedding of one token": lambda: (nn.Sequential(nn.Embedding(7, 3)), ids((N,))),
     "tied table": lambda: (Tied(), ids((N, 6))),
     "layer used twice": lambda: (Twice(), torch.randn(N, 6)),
+    "attention": lambda: (Attention(), torch.randn(N, 5, 4)),
+    "attention, positions first, masked": lambda: (Attention(batch_first=False, masked=True), torch.randn(N, 5, 4)),
+    "attention across, own biases": lambda: (
+        Attention(cross=True, add_bias_kv=True, add_zero_attn=True),
+        torch.randn(N, 5, 4),
+    ),
+    "attention across, three matrices": lambda: (
+        Attention(cross=True, kdim=6, vdim=6, bias=False),
+        torch.randn(N, 5, 4),
+    ),
+    "encoder layer": lambda: (
+        nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+            Pool(),
+            nn.Linear(4, 3),
+        ),
+        torch.randn(N, 5, 4),
+    ),
 }
 
 
@@ -127,7 +145,9 @@ def test_equals_the_loop_over_examples(case, reduction):
     assert float(record.variance()) == pytest.approx(variance(rows), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["linear", "conv2d, groups", "tied table", "layer norm", "embedding"])
+@pytest.mark.parametrize(
+    "case", ["linear", "conv2d, groups", "tied table", "layer norm", "embedding", "attention across, three matrices"]
+)
 def test_inner_products_coordinates_and_metric(case):
     torch.manual_seed(1)
     model, x = CASES[case]()
@@ -192,14 +212,31 @@ def test_what_no_layer_accounts_for_is_left_out_by_name():
     assert float(record.variance()) == pytest.approx(variance(rows), rel=1e-5)
 
 
-def test_multihead_attention_is_left_out_by_name():
+def test_attention_with_dropout_is_left_out_by_name():
     torch.manual_seed(6)
-    model, x, y = Attention(), torch.randn(N, 5, 4), torch.randint(3, (N,))
+    model, x, y = Attention(dropout=0.5), torch.randn(N, 5, 4), torch.randint(3, (N,))
     record, meter = measure(model, x, y)
     assert {name.rpartition(".")[0] for name in meter.coverage().excluded} == {
         "attention",
         "attention.out_proj",
     }
+    attention = sum(p.numel() for p in model.attention.parameters())
+    assert meter.coverage().share == pytest.approx(1 - attention / sum(p.numel() for p in model.parameters()))
+    # The others' gradients hang on the masks: the batch's own, which a loop over examples draws anew.
+    assert float(record.variance()) > 0
+
+
+def test_attention_whose_weights_are_used_is_left_out_by_name():
+    class Looking(Attention):
+        def forward(self, x):
+            h = self.embed(x)
+            out, weights = self.attention(h, h, h)
+            return self.head(out.mean(1)) + weights.square().mean((1, 2)).unsqueeze(1) * torch.arange(3)
+
+    torch.manual_seed(6)
+    model, x, y = Looking(), torch.randn(N, 5, 4), torch.randint(3, (N,))
+    record, meter = measure(model, x, y)
+    assert set(meter.coverage().excluded.values()) == {"the loss uses its attention weights"}
     rows = twin(model, x, y, lambda name: not name.startswith("attention"))
     assert float(record.variance()) == pytest.approx(variance(rows), rel=1e-5)
 

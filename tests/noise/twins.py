@@ -90,12 +90,28 @@ class ByHand(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self):
+    """Attention to itself, or to another sequence; with masks; in either order of axes."""
+
+    def __init__(self, batch_first=True, cross=False, masked=False, **options):
         super().__init__()
         self.embed = nn.Linear(4, 8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
         self.head = nn.Linear(8, 3)
+        self.cross, self.masked = cross, masked
 
     def forward(self, x):
         h = self.embed(x)
-        return self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
+        other = h
+        if self.cross:
+            other = torch.tanh(h[:, :3])[..., : self.attention.kdim]
+        options = {}
+        if self.masked:
+            options["attn_mask"] = nn.Transformer.generate_square_subsequent_mask(h.shape[1])
+            # The last position of some examples is padding.
+            hidden = torch.zeros(len(x), h.shape[1])
+            hidden[:, -1] = torch.where(x[:, -1, 0] > 0, -torch.inf, 0.0)
+            options["key_padding_mask"] = hidden
+        if not self.attention.batch_first:
+            h, other = h.transpose(0, 1), other.transpose(0, 1)
+        out = self.attention(h, other, value=other, need_weights=False, **options)[0]
+        return self.head(out.mean(1 if self.attention.batch_first else 0))
