@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from autotune.callbacks._trainer.ranks import Agreement
-from autotune.randomness import random_state, set_random_state
+from autotune.randomness import RandomState, random_state, set_random_state
 
 
 class DataPosition:
@@ -77,11 +77,12 @@ class DataPosition:
             "opened": self._opened if inside else None,
             "first": self._first if inside else None,
             "now": _capture(_generators(trainer)),
+            "seeds": [sampler.seed for sampler in _distributed(trainer)],
         }
         # With an exception on its way the ranks may not all be here.
         together = trainer.state.status.value != "interrupted"
         ranks = Agreement(trainer).gather(mine) if together else [mine]
-        return {"batches": done if inside else 0, "ranks": ranks}
+        return {"batches": done if inside else 0, "inside": inside, "ranks": ranks}
 
     def restore(self, trainer: Any, saved: dict[str, Any]) -> None:
         """Brings loader and generators to where they were when ``saved`` was taken."""
@@ -90,14 +91,21 @@ class DataPosition:
         if any(hasattr(loader, "load_state_dict") for loader in _loaders(trainer)):
             _apply(saved["now"], _generators(trainer))
             return
-        if saved["opened"] is not None:
+        for sampler, seed in zip(_distributed(trainer), saved["seeds"], strict=False):
+            # Lightning seeds it with the process's global seed, which need not be the first process's.
+            sampler.seed = seed
+        if saved["inside"] and saved["opened"] is not None:
             # Lightning keeps the flag where a run stopped inside an epoch's last batch, and would leave it out.
             trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
             self._opened, self._first = saved["opened"], saved["first"]
             self._fast_forward(trainer, saved["batches"])
         else:
             self._iterate_at_epoch_start = True
-        _apply(saved["now"], _generators(trainer))
+        if saved["inside"] and not saved["batches"]:
+            # The epoch's first batch is fetched again, which draws the order: from here on as it did then.
+            _keep_generators(trainer.fit_loop.epoch_loop.val_loop)
+        else:
+            _apply(saved["now"], _generators(trainer))
         fit_loop = trainer.fit_loop
         at_last_batch = fit_loop.restarted_mid_epoch and fit_loop.epoch_loop.restarted_on_train_batch_end
         if self._iterate_at_epoch_start and at_last_batch:
@@ -118,6 +126,20 @@ class DataPosition:
         fetcher.fetched, fetcher.done = 0, False
 
 
+def _keep_generators(val_loop: Any) -> None:
+    """With no batch done Lightning takes a validation for due, and draws from the generators in passing over it."""
+    original = val_loop.increment_progress_to_evaluation_end
+
+    def pass_over() -> None:
+        vars(val_loop).pop("increment_progress_to_evaluation_end")
+        generators = RandomState()
+        generators.capture()
+        original()
+        generators.restore()
+
+    val_loop.increment_progress_to_evaluation_end = pass_over
+
+
 def _opens_loader(trainer: Any) -> bool:
     """Whether the epoch loop is about to call ``iter()`` itself."""
     fit_loop = trainer.fit_loop
@@ -131,6 +153,14 @@ def _loaders(trainer: Any) -> list[Any]:
 
 def _generators(trainer: Any) -> list[torch.Generator]:
     return _distinct_generators(_loaders(trainer))
+
+
+def _distributed(trainer: Any) -> list[Any]:
+    samplers = []
+    for loader in _loaders(trainer):
+        holders = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+        samplers += [one for one in holders if isinstance(one, DistributedSampler)]
+    return samplers
 
 
 def _generators_of(loaders: Any) -> list[torch.Generator]:
