@@ -111,12 +111,15 @@ class DataPosition:
         if self._iterate_at_epoch_start and at_last_batch:
             # Saved at an epoch's last batch, before its validation: Lightning begins the next epoch without its start
             # hook, and without an iter(). Saved after the validation it does both.
+            _set_epoch(trainer, fit_loop.epoch_progress.current.processed + 1)
             self.epoch_start(trainer)
 
     def _fast_forward(self, trainer: Any, batches: int) -> None:
         fetcher = trainer.fit_loop._data_fetcher
         generators = _generators(trainer)
         _apply(self._opened, generators)
+        # Lightning tells the samplers only after this.
+        _set_epoch(trainer, trainer.fit_loop.epoch_progress.current.processed)
         iter(fetcher)
         if self._first is not None:
             _apply(self._first, generators)
@@ -155,12 +158,20 @@ def _generators(trainer: Any) -> list[torch.Generator]:
     return _distinct_generators(_loaders(trainer))
 
 
+def _set_epoch(trainer: Any, epoch: int) -> None:
+    for sampler in _samplers(trainer):
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)
+
+
 def _distributed(trainer: Any) -> list[Any]:
-    samplers = []
-    for loader in _loaders(trainer):
-        holders = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-        samplers += [one for one in holders if isinstance(one, DistributedSampler)]
-    return samplers
+    return [sampler for sampler in _samplers(trainer) if isinstance(sampler, DistributedSampler)]
+
+
+def _samplers(trainer: Any) -> list[Any]:
+    loaders = _loaders(trainer)
+    own = [getattr(loader, "sampler", None) for loader in loaders]
+    return own + [getattr(getattr(loader, "batch_sampler", None), "sampler", None) for loader in loaders]
 
 
 def _generators_of(loaders: Any) -> list[torch.Generator]:

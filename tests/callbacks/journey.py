@@ -114,6 +114,8 @@ class Points(Callback):
         self.batches += 1
         if self.batches == 13:
             self.save(trainer, "mid epoch")
+        if trainer.current_epoch == 2 and batch_idx == 3:
+            self.save(trainer, "mid epoch 2")
         found = [one for one in trainer.callbacks if isinstance(one, AdaptiveBatchSize)]
         if found and self.growth is None and found[0].batch_size > BATCH * trainer.world_size:
             self.growth = self.batches

@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.callbacks.journey import CONTROLLERS, Journey, Points, on_ranks, run_apart, same_course
 
 POINTS = {
-    "lrs": ["in the first search", "in a later search", "mid epoch", "end of epoch 1"],
-    "batch": ["mid epoch", "after growth", "end of epoch 1"],
-    "both": ["in the first search", "in a later search", "mid epoch", "after growth", "end of epoch 1"],
+    "lrs": ["in the first search", "in a later search", "mid epoch", "mid epoch 2", "end of epoch 1"],
+    "batch": ["mid epoch", "mid epoch 2", "after growth", "end of epoch 1"],
+    "both": ["in the first search", "in a later search", "mid epoch", "mid epoch 2", "after growth", "end of epoch 1"],
 }
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
