@@ -117,6 +117,9 @@ class LRRun:
 
     def finish(self) -> None:
         """The run has ended: the last stage is judged, and undone if it lost ground; then the sum is written."""
+        if self.state.index and not self._prepared:
+            # Resumed from a checkpoint after the last update: there was none left to make.
+            self._prepare()
         with self.saved.as_one():
             self._judge_end()
         reason, numbers = words.finished(self.costs, self.state, self.step)
