@@ -12,13 +12,14 @@ drawn batch by batch from a global generator (an unusual sampler of the user's o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from autotune.callbacks._trainer.ranks import Agreement
-from autotune.randomness import RandomState, random_state, set_random_state
+from autotune.randomness import random_state, set_random_state
 
 
 class DataPosition:
@@ -102,17 +103,40 @@ class DataPosition:
         else:
             self._iterate_at_epoch_start = True
         if saved["inside"] and not saved["batches"]:
-            # The epoch's first batch is fetched again, which draws the order: from here on as it did then.
-            _keep_generators(trainer.fit_loop.epoch_loop.val_loop)
+            # The epoch's first batch is fetched again, which draws the order; with no batch done Lightning takes a
+            # validation for due.
+            _passing_over_validation(trainer, lambda: self._apply_again(trainer))
         else:
             _apply(saved["now"], _generators(trainer))
         fit_loop = trainer.fit_loop
         at_last_batch = fit_loop.restarted_mid_epoch and fit_loop.epoch_loop.restarted_on_train_batch_end
         if self._iterate_at_epoch_start and at_last_batch:
             # Saved at an epoch's last batch, before its validation: Lightning begins the next epoch without its start
-            # hook, and without an iter(). Saved after the validation it does both.
-            _set_epoch(trainer, fit_loop.epoch_progress.current.processed + 1)
+            # hook, without an iter(), and without counting it, so that a checkpoint of that epoch would be taken for
+            # one of the epoch before. Saved after the validation it does all three.
+            _set_epoch(trainer, fit_loop.epoch_progress.current.processed)
+            before = _capture(_generators(trainer))
             self.epoch_start(trainer)
+            _passing_over_validation(trainer, lambda: self._open_again(trainer, before))
+            fit_loop.epoch_progress.increment_ready()
+            fit_loop.epoch_progress.increment_started()
+
+    def _apply_again(self, trainer: Any) -> Callable[[], None]:
+        generators = _generators(trainer)
+        kept = _capture(generators)
+        return lambda: _apply(kept, generators)
+
+    def _open_again(self, trainer: Any, before: dict[str, Any]) -> Callable[[], None]:
+        """The validation that is passed over comes before the opening, as it did in the run that was not broken."""
+        generators = _generators(trainer)
+        _apply(before, generators)
+
+        def open_again() -> None:
+            self._opened = _capture(generators)
+            iter(trainer.fit_loop._data_fetcher)
+            self._first = _capture(generators)
+
+        return open_again
 
     def _fast_forward(self, trainer: Any, batches: int) -> None:
         fetcher = trainer.fit_loop._data_fetcher
@@ -129,16 +153,16 @@ class DataPosition:
         fetcher.fetched, fetcher.done = 0, False
 
 
-def _keep_generators(val_loop: Any) -> None:
-    """With no batch done Lightning takes a validation for due, and draws from the generators in passing over it."""
+def _passing_over_validation(trainer: Any, prepare: Callable[[], Callable[[], None]]) -> None:
+    """Where Lightning passes over a validation on restarting, which draws: ``prepare`` before, its result after."""
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
     original = val_loop.increment_progress_to_evaluation_end
 
     def pass_over() -> None:
         vars(val_loop).pop("increment_progress_to_evaluation_end")
-        generators = RandomState()
-        generators.capture()
+        afterwards = prepare()
         original()
-        generators.restore()
+        afterwards()
 
     val_loop.increment_progress_to_evaluation_end = pass_over
 
