@@ -10,6 +10,7 @@ third of one.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -173,7 +174,11 @@ class DecisionLog:
         line = (encode(decision) + "\n").encode("utf-8")
         try:
             with open(self.path, "ab", buffering=0) as file:
-                file.write(line)
+                whole = file.tell()
+                if file.write(line) < len(line):
+                    # The disk is full: what is left of a line would spoil the next one.
+                    file.truncate(whole)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         except OSError as failure:
             self.failure = failure
 

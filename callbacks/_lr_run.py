@@ -16,6 +16,7 @@ from autotune.callbacks import _lr_words as words
 from autotune.callbacks._losses import LossWatch
 from autotune.callbacks._lr_ledger import BestWeights, Costs
 from autotune.callbacks._lr_plan import LRPlan
+from autotune.callbacks._lr_saved import SavedRun
 from autotune.callbacks._lr_search import LRSearches, SearchOutcome
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.facts import inform
@@ -62,16 +63,18 @@ class LRRun:
         self.trials = Trials(
             trainer, module, set_rates=self.driver.trial, ratios=self.driver.ratios, seed=settings.seed
         )
-        self._best = BestWeights(module, optimizer)
+        self.best = BestWeights(module, optimizer)
         self._ranks = Agreement(trainer)
-        self._watch = LossWatch()
+        self.watch = LossWatch()
         self._outlook = _NO_OUTLOOK
         self._prepared = False
-        self._probe: dict[str, Any] | None = None
         self.plan = LRPlan(settings, trainer)
         self._searches = LRSearches(settings, self)
+        self.saved = SavedRun(self)
         if saved is not None:
-            self._load(saved)
+            scale = self.saved.load_state_dict(saved)
+            if self.state.index and scale != 1.0:
+                self._move_clock(scale, "was another")
 
     @property
     def step(self) -> int:
@@ -90,27 +93,41 @@ class LRRun:
         if not self._prepared:
             self._prepare()
         progress = self.plan.progress
-        if self._watch.trouble:
+        if self.watch.trouble or self.watch.broken or self.plan.machine.due(self.state, progress):
+            with self.saved.as_one():
+                self._do_what_is_due(progress)
+        assert self.state.lr is not None
+        self.driver.apply(self.state.lr, self.plan.shape(progress))
+
+    def _do_what_is_due(self, progress: float) -> None:
+        if self.watch.trouble:
             self._recover(progress)
-        if self._watch.broken:
-            inform(self._watch.broken)
-            self._watch.broken = ""
+        if self.watch.broken:
+            inform(self.watch.broken)
+            self.watch.broken = ""
             self.state = self.plan.machine.cut(self.state, progress)
         while (due := self.plan.machine.due(self.state, progress)) is not None:
             {"search": self._search, "forecast": self._predict, "end": self._end_stage}[due](progress)
-        assert self.state.lr is not None
-        self.driver.apply(self.state.lr, self.plan.shape(progress))
 
     def after_update(self, loss: Tensor | None) -> None:
         """Takes in the training loss of an update that has been made."""
         loss = self._ranks.mean_loss(loss)
         if loss is not None:
-            self._watch.add(self.step, loss)
+            self.watch.add(self.step, loss)
 
     def finish(self) -> None:
         """The run has ended: the last stage is judged, and undone if it lost ground; then the sum is written."""
+        if self.state.index and not self._prepared:
+            # Resumed from a checkpoint after the last update: there was none left to make.
+            self._prepare()
+        with self.saved.as_one():
+            self._judge_end()
+        reason, numbers = words.finished(self.costs, self.state, self.step)
+        self.record("finish", "end", reason, numbers={"lr": self.driver.last, **numbers})
+
+    def _judge_end(self) -> None:
         if self.state.index and self.left >= self.trials.probe_cost:
-            self._watch.read()
+            self.watch.read()
             probe = self._check()
             self._judge(self.state, probe, ())
             if self.plan.machine.lost(self.state, last=True) or not math.isfinite(probe.loss):
@@ -118,8 +135,6 @@ class LRRun:
                 self.state, verdict = self.plan.machine.failed(self.state)
                 if verdict == "roll_back":
                     self._roll_back(before, f"the run ended at {probe.loss:.4g}, worse than its best")
-        reason, numbers = words.finished(self.costs, self.state, self.step)
-        self.record("finish", "end", reason, numbers={"lr": self.driver.last, **numbers})
 
     def epoch_started(self) -> None:
         """An epoch of a loader without a length has been counted: the end may be known now."""
@@ -151,13 +166,13 @@ class LRRun:
             self.plan.set_updates(self.plan.horizon.total / seconds)
             self._replan(f"an update takes {seconds:.3g} s, so that the run will make about {self.plan.updates:.0f}")
         allowed = self._searches.policy.probe_steps(self.plan.searchable)
-        self.trials.prepare_probe(self.settings, steps=allowed, saved=self._probe)
+        self.trials.prepare_probe(self.settings, steps=allowed, saved=self.saved.probe)
 
     def _check(self) -> Probe:
         """A probe of the present weights, counted by the machine."""
         probe = self.trials.probe()
         self.costs.pay(self.trials.probe_cost)
-        self.state = self.plan.machine.checked(self.state, probe, self._watch.recent())
+        self.state = self.plan.machine.checked(self.state, probe, self.watch.recent())
         return probe
 
     def _search(self, progress: float) -> None:
@@ -179,12 +194,12 @@ class LRRun:
 
     def _begin_stage(self, progress: float, probe: Probe | None) -> None:
         best = self.state.best_probe
-        self.state = self.plan.machine.begun(self.state, progress, self.step, probe, self._watch.recent())
+        self.state = self.plan.machine.begun(self.state, progress, self.step, probe, self.watch.recent())
         if self.state.best_probe is not best or self.state.index == 1:
-            self._best.capture()
+            self.best.capture()
         if math.isnan(self.state.first_train):
-            self.state = replace(self.state, first_train=self._watch.first)
-        self._watch.begin_stage()
+            self.state = replace(self.state, first_train=self.watch.first)
+        self.watch.begin_stage()
         self._outlook = _NO_OUTLOOK
         numbers = words.begun(self.state, self.step, self._end_step(), probe)
         self.record("stage", "begin", f"stage {self.state.index} begins", numbers=numbers)
@@ -193,19 +208,19 @@ class LRRun:
         return round(self.step + (self.state.end - self.plan.progress) * self.plan.updates)
 
     def _predict(self, progress: float) -> None:
-        self._watch.read()
+        self.watch.read()
         numbers: dict[str, Any] = {"stage": self.state.index, "at_step": self.step, "target_step": self._end_step()}
         if self.left < 2 * self.trials.probe_cost:  # the probe here and the one at the stage's end
             self.state = self.plan.machine.predicted(self.state, None)
             self.record("forecast", "refuse", "the search budget has no room for the probes", numbers=numbers)
             return
         now = self._check()
-        outlook = look_ahead(self._watch.trace, self.state.start_probe, now, self.step, self._end_step())
+        outlook = look_ahead(self.watch.trace, self.state.start_probe, now, self.step, self._end_step())
         self._outlook = self._ranks.of_zero(outlook)
         trusted = self._outlook.trusted
         self.state = self.plan.machine.predicted(self.state, self._outlook.interval if trusted else None)
         if trusted:
-            self._watch.expect(self._outlook.watch)
+            self.watch.expect(self._outlook.watch)
         reason, more = words.expected(self._outlook, now)
         action = "predict" if trusted else "refuse"
         self.record("forecast", action, reason, numbers=numbers | more, cost=self.trials.probe_cost)
@@ -213,7 +228,7 @@ class LRRun:
             self._settle(progress, now)
 
     def _end_stage(self, progress: float) -> None:
-        self._watch.read()
+        self.watch.read()
         if self.left >= self.trials.probe_cost:
             self._settle(progress, self._check())
         else:
@@ -238,7 +253,7 @@ class LRRun:
         self.record("stage", "end", reason, numbers=numbers, cost=self.trials.probe_cost)
 
     def _recover(self, progress: float) -> None:
-        why, self._watch.trouble = self._watch.trouble, ""
+        why, self.watch.trouble = self.watch.trouble, ""
         before = self.state
         self.state, verdict = self.plan.machine.failed(self.state)
         if verdict == "roll_back":
@@ -248,7 +263,7 @@ class LRRun:
             self.record("rollback", "keep", f"{why}; going back does not help, so training goes on", numbers={})
 
     def _roll_back(self, before: StageState, why: str) -> None:
-        self._best.restore()
+        self.best.restore()
         numbers = words.rolled_back(self.state, before, self.step)
         reason = f"{why}: back to the weights of step {before.best_step}, at a lower rate"
         self.record("rollback", "roll_back", reason, numbers=numbers, cost=numbers["lost_steps"])
@@ -269,29 +284,6 @@ class LRRun:
             "trial_steps": self.costs.trial_steps,
             "search_cost_steps": self.costs.spent,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold: primitives and tensors. The best weights make it about twice as large."""
-        return {
-            "ratios": list(self.driver.ratios),
-            "stage": self.state.to_dict(),
-            "costs": self.costs.state_dict(),
-            "watch": self._watch.state_dict(),
-            "plan": self.plan.state_dict(),
-            "probe": self._probe if self.trials.probe_set is None else self.trials.probe_set.state_dict(),
-            "best": self._best.state_dict() if self.state.index else {},
-        }
-
-    def _load(self, saved: dict[str, Any]) -> None:
-        self.state = StageState.from_dict(saved["stage"])
-        self.costs = Costs(**saved["costs"])
-        self._watch.load_state_dict(saved["watch"])
-        self._probe = saved["probe"]
-        scale = self.plan.load_state_dict(saved["plan"])
-        if self.state.index:
-            self._best.load_state_dict(saved["best"])
-            if scale != 1.0:
-                self._move_clock(scale, "was another")
 
     def _move_clock(self, scale: float, was: str) -> None:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""

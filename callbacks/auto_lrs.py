@@ -223,8 +223,8 @@ class AutoLRS(Callback):
             return {}
         return {
             **stamp(_STATE_VERSION, self.settings.to_dict()),
-            "decisions": [decision.to_dict() for decision in self._run.decisions],
-            "run": self._run.state_dict(),
+            "decisions": [decision.to_dict() for decision in self._run.saved.decisions],
+            "run": self._run.saved.state_dict(),
             "lr": self._lr,
             "position": self._position.state_dict(self._run.trainer),
         }

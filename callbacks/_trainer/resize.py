@@ -173,9 +173,13 @@ class ResizableLoader:
 
     def epoch_end(self, trainer: Any) -> None:
         """The epoch was trained on to its end; said twice (after a resume) it counts once."""
-        if self.sampler.emitted and self.ready(trainer) >= trainer.num_training_batches:
+        if self._at_end(trainer):
             self._units += self.first_batches
             self.sampler.end_epoch()
+
+    def _at_end(self, trainer: Any) -> bool:
+        """Whether the epoch's last batch is done and :meth:`epoch_end` has not said so yet."""
+        return bool(self.sampler.emitted and self.ready(trainer) >= trainer.num_training_batches)
 
     def after_restore(self, trainer: Any) -> None:
         """The position in the data was restored: lengths again, now that the batches are handed out."""
@@ -227,7 +231,7 @@ class ResizableLoader:
         """Primitives; position in the epoch included."""
         return {
             "sampler": self.sampler.state_dict(self.ready(trainer)),
-            "units": self._units,
+            "units": self._units + (self.first_batches if self._at_end(trainer) else 0),
             "resized": self._resized,
             "due": bool(self._due),
         }

@@ -12,10 +12,11 @@ drawn batch by batch from a global generator (an unusual sampler of the user's o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.randomness import random_state, set_random_state
@@ -77,11 +78,12 @@ class DataPosition:
             "opened": self._opened if inside else None,
             "first": self._first if inside else None,
             "now": _capture(_generators(trainer)),
+            "seeds": [sampler.seed for sampler in _distributed(trainer)],
         }
         # With an exception on its way the ranks may not all be here.
         together = trainer.state.status.value != "interrupted"
         ranks = Agreement(trainer).gather(mine) if together else [mine]
-        return {"batches": done if inside else 0, "ranks": ranks}
+        return {"batches": done if inside else 0, "inside": inside, "ranks": ranks}
 
     def restore(self, trainer: Any, saved: dict[str, Any]) -> None:
         """Brings loader and generators to where they were when ``saved`` was taken."""
@@ -90,25 +92,58 @@ class DataPosition:
         if any(hasattr(loader, "load_state_dict") for loader in _loaders(trainer)):
             _apply(saved["now"], _generators(trainer))
             return
-        if saved["opened"] is not None:
+        for sampler, seed in zip(_distributed(trainer), saved["seeds"], strict=False):
+            # Lightning seeds it with the process's global seed, which need not be the first process's.
+            sampler.seed = seed
+        if saved["inside"] and saved["opened"] is not None:
             # Lightning keeps the flag where a run stopped inside an epoch's last batch, and would leave it out.
             trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
             self._opened, self._first = saved["opened"], saved["first"]
             self._fast_forward(trainer, saved["batches"])
         else:
             self._iterate_at_epoch_start = True
-        _apply(saved["now"], _generators(trainer))
+        if saved["inside"] and not saved["batches"]:
+            # The epoch's first batch is fetched again, which draws the order; with no batch done Lightning takes a
+            # validation for due.
+            _passing_over_validation(trainer, lambda: self._apply_again(trainer))
+        else:
+            _apply(saved["now"], _generators(trainer))
         fit_loop = trainer.fit_loop
         at_last_batch = fit_loop.restarted_mid_epoch and fit_loop.epoch_loop.restarted_on_train_batch_end
         if self._iterate_at_epoch_start and at_last_batch:
             # Saved at an epoch's last batch, before its validation: Lightning begins the next epoch without its start
-            # hook, and without an iter(). Saved after the validation it does both.
+            # hook, without an iter(), and without counting it, so that a checkpoint of that epoch would be taken for
+            # one of the epoch before. Saved after the validation it does all three.
+            _set_epoch(trainer, fit_loop.epoch_progress.current.processed)
+            before = _capture(_generators(trainer))
             self.epoch_start(trainer)
+            _passing_over_validation(trainer, lambda: self._open_again(trainer, before))
+            fit_loop.epoch_progress.increment_ready()
+            fit_loop.epoch_progress.increment_started()
+
+    def _apply_again(self, trainer: Any) -> Callable[[], None]:
+        generators = _generators(trainer)
+        kept = _capture(generators)
+        return lambda: _apply(kept, generators)
+
+    def _open_again(self, trainer: Any, before: dict[str, Any]) -> Callable[[], None]:
+        """The validation that is passed over comes before the opening, as it did in the run that was not broken."""
+        generators = _generators(trainer)
+        _apply(before, generators)
+
+        def open_again() -> None:
+            self._opened = _capture(generators)
+            iter(trainer.fit_loop._data_fetcher)
+            self._first = _capture(generators)
+
+        return open_again
 
     def _fast_forward(self, trainer: Any, batches: int) -> None:
         fetcher = trainer.fit_loop._data_fetcher
         generators = _generators(trainer)
         _apply(self._opened, generators)
+        # Lightning tells the samplers only after this.
+        _set_epoch(trainer, trainer.fit_loop.epoch_progress.current.processed)
         iter(fetcher)
         if self._first is not None:
             _apply(self._first, generators)
@@ -116,6 +151,20 @@ class DataPosition:
             next(fetcher)
         # The epoch loop adds the batches of the checkpoint's progress itself.
         fetcher.fetched, fetcher.done = 0, False
+
+
+def _passing_over_validation(trainer: Any, prepare: Callable[[], Callable[[], None]]) -> None:
+    """Where Lightning passes over a validation on restarting, which draws: ``prepare`` before, its result after."""
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    original = val_loop.increment_progress_to_evaluation_end
+
+    def pass_over() -> None:
+        vars(val_loop).pop("increment_progress_to_evaluation_end")
+        afterwards = prepare()
+        original()
+        afterwards()
+
+    val_loop.increment_progress_to_evaluation_end = pass_over
 
 
 def _opens_loader(trainer: Any) -> bool:
@@ -131,6 +180,22 @@ def _loaders(trainer: Any) -> list[Any]:
 
 def _generators(trainer: Any) -> list[torch.Generator]:
     return _distinct_generators(_loaders(trainer))
+
+
+def _set_epoch(trainer: Any, epoch: int) -> None:
+    for sampler in _samplers(trainer):
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)
+
+
+def _distributed(trainer: Any) -> list[Any]:
+    return [sampler for sampler in _samplers(trainer) if isinstance(sampler, DistributedSampler)]
+
+
+def _samplers(trainer: Any) -> list[Any]:
+    loaders = _loaders(trainer)
+    own = [getattr(loader, "sampler", None) for loader in loaders]
+    return own + [getattr(getattr(loader, "batch_sampler", None), "sampler", None) for loader in loaders]
 
 
 def _generators_of(loaders: Any) -> list[torch.Generator]:

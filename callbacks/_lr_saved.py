@@ -1,0 +1,71 @@
+"""What a checkpoint holds of a fit under learning-rate control, and how a resumed one takes it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from autotune.callbacks._lr_ledger import Costs
+from autotune.decision import Decision
+from autotune.stage.machine import StageState
+
+if TYPE_CHECKING:
+    from autotune.callbacks._lr_run import LRRun
+
+
+class SavedRun:
+    """Saves and loads the state of one fit.
+
+    Args:
+        run: The fit.
+    """
+
+    def __init__(self, run: LRRun) -> None:
+        self._run = run
+        self._memo: dict[str, Any] | None = None
+        #: How a resumed run's probe batches were drawn.
+        self.probe: dict[str, Any] | None = None
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Moves that a checkpoint holds wholly or not at all: cut off in a trial, they are made again on resuming."""
+        self._memo = {**self._evolving(), "decisions": len(self._run.decisions)}
+        yield
+        self._memo = None
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Those that belong to :meth:`state_dict`."""
+        decisions = self._run.decisions
+        return decisions if self._memo is None else decisions[: self._memo["decisions"]]
+
+    def _evolving(self) -> dict[str, Any]:
+        run, probe = self._run, self._run.trials.probe_set
+        return {
+            "stage": run.state.to_dict(),
+            "costs": run.costs.state_dict(),
+            "watch": run.watch.state_dict(),
+            "plan": run.plan.state_dict(),
+            "probe": self.probe if probe is None else probe.state_dict(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives and tensors. The best weights make a checkpoint about twice as large."""
+        evolving = self._evolving() if self._memo is None else self._memo
+        best = self._run.best.state_dict() if evolving["stage"]["index"] else {}
+        return {**evolving, "ratios": list(self._run.driver.ratios), "best": best}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> float:
+        """The inverse of :meth:`state_dict`.
+
+        Returns:
+            The saved run's end in units of this one's: 1 where it has not moved.
+        """
+        run = self._run
+        run.state, run.costs = StageState.from_dict(saved["stage"]), Costs(**saved["costs"])
+        run.watch.load_state_dict(saved["watch"])
+        self.probe = saved["probe"]
+        if run.state.index:
+            run.best.load_state_dict(saved["best"])
+        return run.plan.load_state_dict(saved["plan"])
