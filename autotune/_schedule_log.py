@@ -23,7 +23,7 @@ from autotune.decision import Decision
 from autotune.stage.schedule import Shape
 
 #: Kinds of decision that put a peak in force; a stage's beginning repeats the one it runs under.
-_PEAK_KINDS = ("search", "rollback", "plateau", "stage")
+_PEAK_KINDS = ("search", "rollback", "plateau", "setback", "stage")
 
 
 @dataclass(frozen=True)

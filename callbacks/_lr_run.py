@@ -186,7 +186,7 @@ class LRRun:
         self.costs.seconds += outcome.seconds
         exempt_from_time_limit(self.trainer, outcome.seconds)
         before = self.state
-        self.state = self.plan.machine.searched(self.state, outcome.lr)
+        self.state = self.plan.machine.searched(self.state, outcome.lr, outcome.promised)
         found = {"index": before.searches, "monitor": self.trials.monitor}
         numbers = {**outcome.numbers, **words.rate(self.state, before), **found}
         self.record("search", outcome.action, outcome.reason, numbers=numbers, cost=outcome.cost)
@@ -244,6 +244,8 @@ class LRRun:
             probe = before.best_probe or probe
         elif verdict == "decay":
             self.record("plateau", "decay", evidence[0], numbers=words.rate(self.state, before))
+        elif verdict == "lower":
+            self.record("setback", "lower", evidence[0], numbers=words.rate(self.state, before))
         elif verdict == "search":
             self._run_search(progress, "; ".join(evidence) or "a stage has ended")
         self._begin_stage(progress, probe)

@@ -54,6 +54,7 @@ class SearchOutcome:
         cost: In steps.
         trial_steps: Optimizer steps made.
         seconds: Wall time.
+        promised: Loss at the end of the trial nearest to ``lr`` among the longest; NaN where there is none.
     """
 
     lr: float
@@ -64,6 +65,7 @@ class SearchOutcome:
     cost: float = 0.0
     trial_steps: int = 0
     seconds: float = 0.0
+    promised: float = math.nan
 
 
 class LRSearches:
@@ -174,7 +176,24 @@ class LRSearches:
             lr, action, reason = self._answer(found, current)
         reason = f"{reason} (searched because {why})"
         numbers = self._numbers(result, legs)
-        return SearchOutcome(lr, action, reason, numbers, result.start, result.cost, result.trial_steps, result.seconds)
+        return SearchOutcome(
+            lr,
+            action,
+            reason,
+            numbers,
+            result.start,
+            result.cost,
+            result.trial_steps,
+            result.seconds,
+            self._promised(result, legs[-1], lr),
+        )
+
+    def _promised(self, result: SearchResult, leg: Leg, lr: float) -> float:
+        if self._settings.objective == "forecast":  # whose losses are extrapolations
+            return math.nan
+        ends = [o for o in result.outcomes if o.status == "finished" and o.horizon_steps == leg.steps]
+        nearest = min(ends, key=lambda o: abs(o.log_lr - math.log(lr)), default=None)
+        return math.nan if nearest is None else nearest.loss
 
     def _answer(self, found: Recommendation, current: float | None) -> tuple[float, str, str]:
         lr = self._space_clip(math.exp(found.log_lr))

@@ -199,7 +199,13 @@ def draw(folder: Path, decisions: list[Decision]) -> Path:
             n = decision.numbers
             error = [[n["prediction"] - n["low"]], [n["high"] - n["prediction"]]]
             top.errorbar([n["target_step"]], [n["prediction"]], yerr=error, color="tab:green", marker="x", capsize=3)
-    colours = {"search": "tab:red", "stage": "0.75", "rollback": "tab:purple", "plateau": "tab:brown"}
+    colours = {
+        "search": "tab:red",
+        "stage": "0.75",
+        "rollback": "tab:purple",
+        "plateau": "tab:brown",
+        "setback": "tab:brown",
+    }
     seen: set[str] = set()
     for decision in decisions:
         if decision.kind in colours and (decision.kind, decision.action) != ("stage", "begin"):

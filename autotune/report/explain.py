@@ -20,6 +20,7 @@ _STYLES = {
     "stage": "green",
     "rollback": "bold red",
     "plateau": "yellow",
+    "setback": "yellow",
     "batch": "cyan",
     "setup": "dim",
     "finish": "bold",

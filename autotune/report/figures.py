@@ -33,6 +33,7 @@ KINDS = {
     "stage": "square",
     "rollback": "triangle-left",
     "plateau": "triangle-down",
+    "setback": "triangle-down",
     "batch": "triangle-up",
     "finish": "star",
 }

@@ -6,11 +6,11 @@ The trials are at c and c - g; then at c - 2g if that was better or about equal 
 surrogate's lower confidence bound is lowest, within a gap of the best. "About equal" is within ``level`` of the
 progress the better of the two has made.
 
-The answer is the surrogate's minimum near the best trial, or the highest rate of a trial that ended within ``tie`` of
-the best one, whichever is higher: of two rates that do equally well in a short trial the higher one is mostly the
-better one over a long run (networks whose trials show a level valley, such as perceptrons, BatchNorm and fine-tuning,
-lost up to half of their progress to its lower end). The drift between horizons, which the surrogate learns too, is not
-used: it did not pay (``examples/benchmark/FINDINGS.md``).
+The answer is the surrogate's minimum near the best trial; where a higher rate's trial ended within ``tie`` of the best,
+the middle between the two. Of rates that do equally well in a short trial, the higher ones are better over a long run
+for networks with a level valley (perceptrons, BatchNorm, fine-tuning) and worse for those on a level stretch above an
+edge (transformers), and nothing in the trials tells which. The drift between horizons, which the surrogate learns too,
+is not used: it did not pay (``examples/benchmark/FINDINGS.md``).
 
 Down comes first because of what lies above: a rate that is too high for a transformer takes its loss to the level of
 the bytes' frequencies and leaves it there, so that all rates above the edge end equal. A surrogate that starts on such
@@ -41,7 +41,7 @@ class BracketSearch(LRSearch):
         gap: Between neighbours, in decades.
         level: Share of the progress within which two trials count as equal, so that the walk goes on down.
         near: The surrogate's minimum is looked for this close to the best trial, in decades.
-        tie: Share of the best trial's progress that a trial at a higher rate may be worse by and still be the answer.
+        tie: Share of the best trial's progress that a trial at a higher rate may be worse by and still count as equal.
         beta: Weight of the uncertainty in the bound.
         prior: Of the surrogate.
 
@@ -58,7 +58,7 @@ class BracketSearch(LRSearch):
         gap: float = 0.5,
         level: float = 0.03,
         near: float = 0.25,
-        tie: float = 0.02,
+        tie: float = 0.03,
         beta: float = 0.5,
         prior: SurrogatePrior | None = None,
     ) -> None:
@@ -125,7 +125,11 @@ class BracketSearch(LRSearch):
         highest = max(outcome.log_lr for outcome in finished if outcome.loss <= level)
         if highest <= optimum:
             return optimum, "the answer"
-        return highest, f"but {math.exp(highest):.3g} did as well within {self.tie:.0%} of a trial's progress"
+        middle = 0.5 * (optimum + highest)
+        return (
+            middle,
+            f"half-way to {math.exp(highest):.3g}, which did as well within {self.tie:.0%} of a trial's progress",
+        )
 
 
 def _loss(outcome: Outcome) -> float:

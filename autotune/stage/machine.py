@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Due = Literal["search", "forecast", "end"]
-Verdict = Literal["train", "search", "roll_back", "decay"]
+Verdict = Literal["train", "search", "roll_back", "decay", "lower"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class StageState:
         forecast_due: Progress at which the end is to be predicted.
         strikes: Rollbacks in a row.
         request: Why somebody asks for a search; empty without.
+        promised: What the trial at this rate ended at, until the run has come as far; NaN where nothing is owed.
     """
 
     lr: float | None = None
@@ -91,6 +92,7 @@ class StageState:
     forecast_due: float = math.inf
     strikes: int = 0
     request: str = ""
+    promised: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """The state as a dictionary of primitives."""
@@ -127,6 +129,10 @@ class StageMachine:
         fitted: ... while the training loss has fallen by this share of what it has fallen by in all. The second
             condition tells overfitting, which does not heal, from the spikes of a high rate, which the decay heals.
         bad_checks: Bad checks in a row that undo a stage.
+        behind: The rate is lowered when a stage, which is longer than the trials were, ends worse than the trial at
+            its rate had ended, by this share of that trial's progress: a rate too high for a long run shows so ...
+        owed_until: ... in a stage before this one ...
+        telling: ... where the trial had taken this share off the loss.
         patience: Rollbacks in a row before the machine keeps what it has.
     """
 
@@ -142,6 +148,9 @@ class StageMachine:
     worse: float = 0.05
     fitted: float = 0.05
     bad_checks: int = 2
+    behind: float = 0.1
+    owed_until: int = 3
+    telling: float = 0.05
     patience: int = 3
 
     def due(self, state: StageState, progress: float) -> Due | None:
@@ -152,9 +161,10 @@ class StageMachine:
             return "end"
         return "forecast" if progress >= state.forecast_due else None
 
-    def searched(self, state: StageState, lr: float) -> StageState:
-        """A search has been made, or given up; ``lr`` is the peak to go on with."""
-        return replace(state, lr=lr, searches=state.searches + 1, request="")
+    def searched(self, state: StageState, lr: float, promised: float = math.nan) -> StageState:
+        """A search has been made, or given up; ``lr`` is the peak to go on with, ``promised`` where its trial ended."""
+        promised = promised if state.index == 0 else math.nan
+        return replace(state, lr=lr, searches=state.searches + 1, request="", promised=promised)
 
     def begun(self, state: StageState, progress: float, step: int, probe: Probe | None, train: float) -> StageState:
         """A stage begins, with the probe of the weights it begins with and the mean training loss before it."""
@@ -199,6 +209,11 @@ class StageMachine:
             state, verdict = self.failed(state)
             return state, verdict, evidence
         state = replace(state, strikes=0)
+        if probe.loss <= state.promised or state.index >= self.owed_until:
+            state = replace(state, promised=math.nan)
+        if self._is_behind(state, probe) and state.lr is not None:
+            owed = f"behind: {probe.loss:.4g} after the stage, {state.promised:.4g} after the trial at this rate"
+            return replace(state, lr=state.lr * self.lowering), "lower", (owed, *evidence)
         plateau = any(item.startswith("plateau") for item in evidence)
         if plateau and not self.known_end and state.index > 1 and state.lr is not None:
             return replace(state, lr=state.lr * self.decay), "decay", evidence
@@ -236,6 +251,14 @@ class StageMachine:
             return False
         fallen, in_all = state.best_train - train, state.first_train - train
         return fallen > self.fitted * in_all > 0.0
+
+    def _is_behind(self, state: StageState, probe: Probe) -> bool:
+        progress = state.initial_loss - state.promised  # NaN where nothing is owed: then every comparison is false
+        return (
+            self.guard
+            and progress > self.telling * abs(state.initial_loss)
+            and probe.loss > state.promised + self.behind * progress
+        )
 
     def _evidence(self, state: StageState, probe: Probe) -> tuple[str, ...]:
         found: list[str] = []

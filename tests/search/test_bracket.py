@@ -41,11 +41,11 @@ def test_about_equal_counts_as_downhill():
     assert search.recommend(state).log_lr < math.log(CENTRE) - HALF
 
 
-def test_of_equal_rates_the_higher_one():
+def test_of_equal_rates_the_middle():
     search, state, _ = walked(lambda x: 2.0 + 1e-3 * abs(x - math.log(CENTRE) + 2.0 * HALF))
-    assert search.recommend(state).log_lr == pytest.approx(math.log(CENTRE))
-    strict = BracketSearch(CENTRE, tie=0.0)
-    assert strict.recommend(state).log_lr < math.log(CENTRE) - HALF
+    strict = BracketSearch(CENTRE, tie=0.0).recommend(state).log_lr
+    assert strict < math.log(CENTRE) - HALF
+    assert search.recommend(state).log_lr == pytest.approx(0.5 * (strict + math.log(CENTRE)))
 
 
 def test_never_above_the_highest_trial_that_finished():

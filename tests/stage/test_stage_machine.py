@@ -184,3 +184,44 @@ def test_comparison_without_pairs_has_no_error():
     assert compare(Probe(1.0), Probe(0.4))[0] == pytest.approx(0.6)
     assert math.isnan(compare(Probe(1.0), Probe(0.4))[1])
     assert math.isnan(compare(Probe(1.0, (1.0, 1.0)), Probe(0.4, (1.0,)))[1])
+
+
+class TestPromise:
+    """A stage that ends worse than the much shorter trial at its rate: the rate is too high for a long run."""
+
+    def owing(self, machine, promised=0.5):
+        return replace(started(machine), promised=promised)
+
+    def test_behind_lowers_the_rate(self):
+        state, verdict, evidence = StageMachine().ended(self.owing(StageMachine()), probe(0.6))
+        assert verdict == "lower"
+        assert state.lr == pytest.approx(0.1 * 10**-0.5)
+        assert evidence[0].startswith("behind: 0.6 after the stage, 0.5 after the trial")
+
+    def test_within_a_tenth_of_the_trials_progress_is_not_behind(self):
+        state, verdict, _ = StageMachine().ended(self.owing(StageMachine()), probe(0.54))
+        assert verdict == "train"
+        assert state.promised == 0.5
+
+    def test_a_promise_that_was_kept_is_forgotten(self):
+        machine = StageMachine()
+        state, _, _ = machine.ended(self.owing(machine), probe(0.45))
+        assert math.isnan(state.promised)
+        later = replace(machine.begun(state, 0.04, 40, probe(0.45), 1.0), index=2)
+        assert machine.ended(later, probe(0.9))[1] != "lower"
+
+    def test_late_stages_owe_nothing(self):
+        machine = StageMachine()
+        assert machine.ended(replace(self.owing(machine), index=3), probe(0.9))[1] != "lower"
+
+    def test_a_trial_that_hardly_moved_promises_nothing(self):
+        machine = StageMachine()
+        assert machine.ended(self.owing(machine, promised=0.97), probe(0.999))[1] != "lower"
+
+    def test_a_later_search_promises_nothing(self):
+        state = StageMachine().searched(started(StageMachine()), 0.2, promised=0.3)
+        assert math.isnan(state.promised)
+
+    def test_the_baseline_has_no_guard(self):
+        machine = StageMachine(guard=False)
+        assert machine.ended(self.owing(machine), probe(0.9))[1] != "lower"
