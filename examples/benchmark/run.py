@@ -107,7 +107,8 @@ def run_one(name: str, workload: Workload, seed: int) -> dict[str, Any]:
     loss = validation_loss(fit.task, batches, _inner(trainer))
     controller = fit.controller
     cost = recorder.cost(trainer.global_step)
-    recorder.curve.append([cost, loss])  # a last rollback comes after the last update
+    # A last rollback comes after the last update.
+    recorder.curve.append([cost, validation_loss(fit.task, recorder.batches, _inner(trainer))])
     return {
         "workload": workload.name, "key": workload.key(), "method": name, "seed": seed, "loss": loss,
         "budget": workload.steps, "updates": trainer.global_step, "cost": cost,
