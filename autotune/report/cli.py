@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autotune import __version__
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, ConfigurationError
 
 _RUN_HELP = (
     "a run's directory (the one that holds decisions.jsonl), a directory of runs (the newest is taken), or a log"
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        print(f"autotune: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"autotune: {where}{error.strerror or error}", file=sys.stderr)
         return 1
 
 
@@ -68,7 +69,16 @@ def _report(arguments: argparse.Namespace) -> int:
     from autotune.report.page import page
     from autotune.report.reading import read_run
 
-    runs = [read_run(run) for run in arguments.runs]
+    runs, missing = [], []
+    for path in arguments.runs:
+        try:
+            runs.append(read_run(path))
+        except AutotuneError as error:
+            missing.append(error)
+    if not runs:
+        raise missing[0]
+    for error in missing:
+        print(f"autotune: {error}; the others are shown without it", file=sys.stderr)
     for run in runs:
         for problem in run.problems:
             print(f"note: {problem}", file=sys.stderr)
@@ -80,7 +90,7 @@ def _report(arguments: argparse.Namespace) -> int:
     print(output)
     if arguments.open and not webbrowser.open(output.resolve().as_uri()):
         print("note: no browser could be opened here; open the file by hand", file=sys.stderr)
-    return 0
+    return 1 if missing else 0
 
 
 def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -91,15 +101,27 @@ def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="From a cluster: ssh -L 8787:127.0.0.1:8787 NODE, then autotune watch RUN --port 8787 there.",
     )
     watch.add_argument("runs", nargs="+", metavar="RUN", help=_RUN_HELP + "; it need not hold anything yet")
-    watch.add_argument("--port", type=int, default=0, help="the port (default: a free one)")
+    watch.add_argument("--port", type=_port, default=0, help="the port (default: a free one)")
     watch.add_argument("--open", action="store_true", help="open it in the browser")
     watch.set_defaults(command=_watch)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 0 (any free one) to 65535; got {text!r}")
+    return int(text)
 
 
 def _watch(arguments: argparse.Namespace) -> int:
     from autotune.report.watch import ReportServer
 
-    with ReportServer(arguments.runs, arguments.port) as server:
+    try:
+        server = ReportServer(arguments.runs, arguments.port)
+    except OSError as error:
+        raise ConfigurationError(
+            f"port {arguments.port} cannot be had ({error.strerror}): name another, or leave --port out for a free one"
+        ) from error
+    with server:
         server.first_page()
         print(f"following {', '.join(arguments.runs)} at {server.url} (Ctrl-C ends)", flush=True)
         if arguments.open:
@@ -150,7 +172,9 @@ def _replay(arguments: argparse.Namespace) -> int:
     from autotune.replay import load_schedule
     from autotune.report.reading import find_log
 
-    log, _ = find_log(arguments.run)
+    log, told = find_log(arguments.run)
+    for note in told if log.is_file() else ():
+        print(f"note: {note}", file=sys.stderr)
     schedule = load_schedule(log)
     if arguments.output is None:
         schedule.write_csv(sys.stdout)

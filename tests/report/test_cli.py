@@ -83,6 +83,39 @@ def test_errors_are_one_line_and_a_status(command, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_port_that_cannot_be_had_is_named(tiny, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["watch", str(tiny.folder), "--port", "80000"])
+    assert stop.value.code == 2
+    assert "from 0 (any free one) to 65535; got '80000'" in capsys.readouterr().err
+    with ReportServer([str(tiny.folder)]) as server:
+        port = server.server_address[1]
+        assert main(["watch", str(tiny.folder), "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"autotune: port {port} cannot be had (Address already in use)")
+    assert error.count("\n") == 1
+
+
+def test_of_several_runs_those_that_are_there_are_compared(tiny, other_tiny, tmp_path, capsys):
+    runs = [str(tiny.folder), str(tmp_path / "nowhere"), str(other_tiny.folder)]
+    assert main(["report", *runs, "-o", str(tmp_path / "c.html")]) == 1
+    error = capsys.readouterr().err
+    assert "nowhere does not exist" in error
+    assert "the others are shown without it" in error
+    text = (tmp_path / "c.html").read_text()
+    assert tiny.folder.name in text
+    assert other_tiny.folder.name in text
+
+
+def test_the_newest_of_several_logs_is_replayed_and_named(tmp_path, capsys):
+    for _ in range(2):
+        train(tmp_path, [AutoLRS(search_budget=0.5)], max_steps=30)
+    assert main(["replay", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "this is the newest" in shown.err
+    assert shown.out.startswith("step,lr\n0,")
+
+
 def test_an_unwritable_output_is_named(tiny, capsys):
     assert main(["report", str(tiny.folder), "-o", "/proc/nope/r.html"]) == 1
     assert capsys.readouterr().err == "autotune: /proc/nope/r.html: No such file or directory\n"

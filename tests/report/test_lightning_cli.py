@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from autotune import read_decisions
+from autotune import Decision, read_decisions
+from autotune import callbacks as ours
 from autotune.callbacks import AutoLRS, DecisionLogger, ReplaySchedule
+from autotune.decision import encode
 
 # LightningCLI itself uses what jsonargparse has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -59,18 +61,51 @@ def test_callbacks_are_added_on_the_command_line(main):
     assert the(DecisionLogger, cli).path is None
 
 
+#: For every callback every argument, at another value than its default.
 OTHER = {
-    "min_lr": 1e-5,
-    "max_lr": 0.5,
-    "search_budget": 0.2,
-    "objective": "forecast",
-    "search": "every_stage",
-    "monitor": "val_accuracy",
-    "mode": "max",
-    "seed": 7,
-    "proposals": "grid",
-    "stop_early": False,
+    "AutoLRS": {
+        "min_lr": 1e-5,
+        "max_lr": 0.5,
+        "search_budget": 0.2,
+        "objective": "forecast",
+        "search": "every_stage",
+        "monitor": "val_accuracy",
+        "mode": "max",
+        "seed": 7,
+        "proposals": "grid",
+        "stop_early": False,
+    },
+    "AdaptiveBatchSize": {
+        "max_batch_size": 512,
+        "rule": "norm",
+        "lr_scaling": "linear",
+        "every_n_steps": 3,
+        "noise_multiple": 2.0,
+        "eta": 0.3,
+        "rest_updates": 7,
+        "loss_reduction": "sum",
+    },
+    "GradientNoiseMonitor": {
+        "every_n_steps": 5,
+        "source": "microbatch",
+        "loss_reduction": "sum",
+        "preconditioned": True,
+        "by_module": True,
+        "decay": 0.5,
+        "level": 0.9,
+    },
+    "DecisionLogger": {},
+    "ReplaySchedule": {"path": "log.jsonl"},
 }
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A decision log, which ReplaySchedule reads when it is made."""
+    setup = {"shape": {"form": "hold"}, "horizon": {"unit": "steps", "total": 8, "updates": 8}}
+    decisions = [Decision("setup", "begin", "", 0, numbers=setup)]
+    decisions.append(Decision("search", "set_lr", "", 0, numbers={"lr": 0.1}))
+    (tmp_path / "log.jsonl").write_text("".join(encode(decision) + "\n" for decision in decisions))
 
 
 def printed(main, capsys, *args):
@@ -80,21 +115,53 @@ def printed(main, capsys, *args):
     return capsys.readouterr().out
 
 
-def test_every_argument_can_be_set_and_the_printed_configuration_round_trips(main, capsys, tmp_path):
-    assert set(OTHER) == set(inspect.signature(AutoLRS).parameters)
+def test_no_callback_and_no_argument_is_left_out():
+    assert set(OTHER) == set(ours.__all__)
+    for name, arguments in OTHER.items():
+        parameters = inspect.signature(getattr(ours, name)).parameters
+        assert list(arguments) == list(parameters), name
+        assert not any(parameters[key].default == value for key, value in arguments.items())
+
+
+def test_every_argument_from_yaml_and_the_printed_configuration_round_trips(main, capsys, tmp_path, log):
     config = yaml.safe_load(Path(CONFIG).read_text())
-    config["trainer"]["callbacks"][0]["init_args"] = OTHER
+    given = [{"class_path": f"autotune.callbacks.{name}", "init_args": kwargs} for name, kwargs in OTHER.items()]
+    config["trainer"]["callbacks"] = given
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     first = printed(main, capsys, "--config", "mine.yaml")
-    assert yaml.safe_load(first)["trainer"]["callbacks"][0]["init_args"] == OTHER
+    found = yaml.safe_load(first)["trainer"]["callbacks"]
+    assert [one["class_path"] for one in found] == [one["class_path"] for one in given]
+    assert [one.get("init_args", {}) for one in found] == list(OTHER.values())
     (tmp_path / "again.yaml").write_text(first)
     assert printed(main, capsys, "--config", "again.yaml") == first
 
 
-def test_every_argument_from_the_command_line(main, capsys):
-    flags = [f"--trainer.callbacks.{name}={value}" for name, value in OTHER.items()]
-    text = printed(main, capsys, "--trainer.callbacks+=autotune.callbacks.AutoLRS", *flags)
-    assert yaml.safe_load(text)["trainer"]["callbacks"][0]["init_args"] == OTHER
+def test_every_argument_from_the_command_line(main, capsys, tmp_path, log):
+    flags = []
+    for name, arguments in OTHER.items():
+        flags.append(f"--trainer.callbacks+=autotune.callbacks.{name}")
+        flags += [f"--trainer.callbacks.{key}={value}" for key, value in arguments.items()]
+    text = printed(main, capsys, *flags)
+    found = yaml.safe_load(text)["trainer"]["callbacks"]
+    assert {one["class_path"].rpartition(".")[2]: one.get("init_args", {}) for one in found} == OTHER
+    (tmp_path / "again.yaml").write_text(text)
+    assert printed(main, capsys, "--config", "again.yaml") == text
+
+
+def test_defaults_need_no_word(main, capsys, tmp_path):
+    for name in OTHER:
+        if name != "ReplaySchedule":
+            text = printed(main, capsys, f"--trainer.callbacks+=autotune.callbacks.{name}")
+            (tmp_path / "again.yaml").write_text(text)
+            assert printed(main, capsys, "--config", "again.yaml") == text
+
+
+def test_both_controllers_and_the_monitor_train_from_the_command_line(main):
+    names = ("AutoLRS", "AdaptiveBatchSize", "GradientNoiseMonitor", "DecisionLogger")
+    given = [f"--trainer.callbacks+=autotune.callbacks.{name}" for name in names]
+    cli = main(["fit", *given, *QUICK])
+    kinds = {decision.kind for decision in read_decisions(the(DecisionLogger, cli).path)}
+    assert kinds >= {"setup", "stage", "finish"}
 
 
 def test_a_found_schedule_is_replayed_from_the_command_line(main):

@@ -44,6 +44,9 @@ class Net(L.LightningModule):
         optimizer = self.optimizer(self.parameters())
         if not self.scheduler:
             return optimizer
+        if self.scheduler == "step":
+            decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, self.trainer.estimated_stepping_batches)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
 
 
@@ -107,12 +110,13 @@ ADAM = {"optimizer": lambda p: torch.optim.AdamW(p, lr=3e-3)}
         (lambda: [AutoLRS(search_budget=0.3), growing()], {}),
         pytest.param(lambda: [growing(), AutoLRS(search_budget=0.3)], ADAM, marks=pytest.mark.slow),
         (lambda: [growing()], {**SGD, "scheduler": True, "val_check_interval": 0.5}),
-        pytest.param(lambda: [growing(scale_betas=True)], ADAM, marks=pytest.mark.slow),
+        pytest.param(lambda: [growing(lr_scaling="sqrt_betas")], ADAM, marks=pytest.mark.slow),
         pytest.param(
             lambda: [AutoLRS(search_budget=0.3), growing(rule="norm", max_batch_size=60)],
             {"scheduler": True, "accumulate_grad_batches": 3, **ADAM},
             marks=pytest.mark.slow,
         ),
+        pytest.param(lambda: [growing()], {"scheduler": "step", **SGD}, marks=pytest.mark.slow),
         pytest.param(lambda: [growing()], {"workers": 2, **SGD}, marks=pytest.mark.slow),
         pytest.param(
             lambda: [AutoLRS(search_budget=0.3), growing()],
@@ -120,7 +124,7 @@ ADAM = {"optimizer": lambda p: torch.optim.AdamW(p, lr=3e-3)}
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["both", "batch first", "batch alone", "betas", "accumulation", "workers", "steps"],
+    ids=["both", "batch first", "batch alone", "betas", "accumulation", "step scheduler", "workers", "steps"],
 )
 def test_a_replay_with_growth_is_the_run_bit_for_bit(tmp_path, controllers, settings):
     first = train(tmp_path / "a", controllers(), **settings)
@@ -189,7 +193,7 @@ def test_a_resumed_replay_goes_on_bit_for_bit(tmp_path, when):
 
 
 def test_what_does_not_fit_is_said(tmp_path):
-    first = train(tmp_path / "a", [growing()], max_epochs=2, **SGD)
+    first = train(tmp_path / "a", [growing(noise_multiple=1.0)], **SGD)
     path = first[0].log_dir
     with pytest.raises(UnsupportedSetupError, match="ReplaySchedule and AdaptiveBatchSize both set the batch"):
         train(tmp_path / "b", [ReplaySchedule(path), growing()], **SGD)
