@@ -1,10 +1,11 @@
-"""Faults, injected: training goes on or stops with the user's own exception, and the weights are the training weights."""
+"""Faults, injected: training goes on or stops with the user's own exception; the weights are the training weights."""
 
 import os
 import resource
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from autotune.decision import Decision, DecisionLog, read_decisions
 from autotune.search import surrogate
-from tests.callbacks.journey import Journey, Net, data, run_apart, same_course, weights_of
+from tests.callbacks.journey import Journey, Net, controllers, data, run_apart, same_course, weights_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+class Steps:
+    """An object of its own class, which no snapshot puts back."""
+
+    count = 0
 
 
 class Trouble(Net):
@@ -24,25 +31,28 @@ class Trouble(Net):
 
     def __init__(self, trouble, later=False, at=4):
         super().__init__()
-        self.count, self.trouble, self.later, self.at = 0, trouble, later, at
+        self.steps, self.trouble, self.later, self.at = Steps(), trouble, later, at
         self.at_trial_step = self.step_of_trial
 
     def step_of_trial(self, _):
-        self.count += (self.trainer.global_step > 10) == self.later
-        if self.count == self.at:
-            self.count += 1
-            self.trouble()
+        if (self.trainer.global_step > 10) == self.later:
+            self.steps.count += 1
+            if self.steps.count == self.at:
+                self.trouble()
 
 
 class Last(Callback):
     """The weights after the last update that was made."""
 
+    def __init__(self, at_start=lambda: None):
+        self.at_start = at_start
+
     def on_train_start(self, trainer, pl_module):
+        self.at_start()
         self.weights = weights_of(pl_module)
 
-    on_train_batch_end = on_train_start_of_batch = lambda self, trainer, pl_module, *_: self.on_train_start(
-        trainer, pl_module
-    )
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.weights = weights_of(pl_module)
 
 
 def saved_weights(path):
@@ -82,7 +92,7 @@ def test_stopped_in_a_trial(tmp_path, trouble, raised, later):
     net = Trouble(trouble, later)
     with pytest.raises(raised):
         Journey(tmp_path, "both", module=net, callbacks=[last, *savers])
-    assert net.count > net.at
+    assert net.steps.count >= net.at
     assert weights_of(net) == last.weights
     for name in ("on_exception", "last"):
         if (tmp_path / f"{name}.ckpt").exists():
@@ -135,8 +145,6 @@ def test_numbers_that_are_not_finite(tmp_path, where):
                 for parameter in self.parameters():
                     parameter.grad.fill_(torch.nan)
 
-    from tests.callbacks.journey import controllers
-
     run_of = dict(zip(["lrs"], controllers("lrs"), strict=True))
     run = Journey(tmp_path, list(run_of.values()), module=Broken())
     assert [one for one in run.all_decisions if one["action"] == "roll_back"]
@@ -164,14 +172,10 @@ class Dying(Dataset):
 def test_a_training_loader_that_breaks(tmp_path, how):
     """The second iterator's batches, read in the first trial, come from the broken loader."""
     broken = Dying(how)
-    last = Last()
-    last.on_train_start = lambda trainer, module: (
-        setattr(broken, "armed", True),
-        Last.on_train_start(last, trainer, module),
-    )
+    last = Last(lambda: setattr(broken, "armed", True))
     net = Net()
     train = DataLoader(broken, 8, shuffle=True, num_workers=int(how == "die"))
-    with pytest.raises(ZeroDivisionError if how == "raise" else RuntimeError, match="loader|worker"):
+    with pytest.raises(ZeroDivisionError if how == "raise" else RuntimeError, match=r"loader|worker"):
         Journey(tmp_path, "lrs", module=net, train=train, callbacks=[last])
     assert weights_of(net) == last.weights
 
@@ -202,10 +206,8 @@ def full_disk(folder, room):
         run = Journey(folder, "both")
     assert sum("decision log cannot be written" in str(one.message) for one in caught) == 1
     assert run.trainer.current_epoch == 4
-    assert [one.to_dict() for one in read_decisions(folder)] == [
-        one.to_dict() for one in run.controllers[0].decisions + run.controllers[1].decisions
-    ][:0] or len(read_decisions(folder)) < len(run.all_decisions)
-    assert (len(open(f"{folder}/decisions.jsonl").read()) == 0) or open(f"{folder}/decisions.jsonl").read()[-1] == "\n"
+    assert 0 < len(read_decisions(folder)) < len(run.all_decisions)
+    assert Path(folder, "decisions.jsonl").read_text()[-1] == "\n"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_FSIZE")
