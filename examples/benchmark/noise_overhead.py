@@ -7,7 +7,7 @@
 
 A *measured* update is timed against a bare one; the overhead at an interval of n updates is the difference over n.
 Medians over updates, bare and measured ones taking turns, so that a slow stretch of the machine hits both. On the CPU
-it is this process's own time that counts (run it with OMP_NUM_THREADS=1), between ranks the clock's.
+the process's own time counts (run it with OMP_NUM_THREADS=1), between ranks the clock's.
 """
 
 from __future__ import annotations

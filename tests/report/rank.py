@@ -9,20 +9,6 @@ import sys
 import warnings
 from pathlib import Path
 
-folder, rank, port = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-opened = []
-
-
-def note(event, arguments):
-    if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
-        mode = arguments[1] or ""
-        if any(letter in str(mode) for letter in "wax+") and str(arguments[0]).startswith(str(folder / "run")):
-            opened.append(os.path.relpath(arguments[0], folder))
-
-
-sys.addaudithook(note)
-warnings.simplefilter("ignore")
-
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -50,7 +36,21 @@ class Recorder(Logger):
         self.ours += [name for name in params if name.startswith("autotune/")]
 
 
-def fit(name, callbacks):
+def opened_below(folder):
+    """The files that this process opens for writing below ``folder`` from now on, as a list that grows."""
+    opened = []
+
+    def note(event, arguments):
+        if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+            mode = arguments[1] or ""
+            if any(letter in str(mode) for letter in "wax+") and str(arguments[0]).startswith(str(folder / "run")):
+                opened.append(os.path.relpath(arguments[0], folder))
+
+    sys.addaudithook(note)
+    return opened
+
+
+def fit(folder, name, callbacks):
     recorder, listener = Recorder(), DecisionLogger()
     strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
     trainer = L.Trainer(
@@ -78,8 +78,11 @@ def fit(name, callbacks):
 
 
 if __name__ == "__main__":
+    folder, rank, port = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    opened = opened_below(folder)
+    warnings.simplefilter("ignore")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_RANK=str(rank), NODE_RANK="0")
     torch.set_num_threads(1)
-    first = fit("a", [AutoLRS(search_budget=0.3), growing(rule="norm")])
-    second = fit("b", [ReplaySchedule(first["log_dir"])])
+    first = fit(folder, "a", [AutoLRS(search_budget=0.3), growing(rule="norm")])
+    second = fit(folder, "b", [ReplaySchedule(first["log_dir"])])
     (folder / f"{rank}.json").write_text(json.dumps({"first": first, "second": second, "opened": sorted(set(opened))}))
