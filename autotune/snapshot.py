@@ -17,7 +17,7 @@ over as ``extras``. A module that keeps other state (an object of its own class,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autotune.pystate import Attributes, Restore, plain_items, save, written_once
+from autotune.pystate import Attributes, Restore, plain_items, save
 from autotune.randomness import RandomState
+from autotune.sharding import laid_out, reshard
+from autotune.tensor_copies import TensorCopies
 
 #: Attributes every ``nn.Module`` has, apart from its mode: hook tables and the tensor tables kept below.
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
@@ -43,53 +45,6 @@ class Part(Protocol):
         """Puts back what the last :meth:`capture` remembered; may be called again and again."""
 
 
-class TensorCopies:
-    """Copies of a list of tensors in buffers that are allocated once and used again."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-        self._buffers: list[Tensor] = []
-
-    def save(self, tensors: Iterable[Tensor]) -> None:
-        """Copies ``tensors``; buffers of earlier calls serve again where the layout is the same."""
-        # .data, not detach(): a checkpoint saved in the middle of a backward pass puts the training state back for a
-        # moment, and autograd, which counts writes, would refuse to go on though every value is the same again.
-        self._tensors = [written_once(tensor.data) for tensor in tensors]
-        spare = self._buffers
-        self._buffers = [
-            spare[index] if index < len(spare) and _same_layout(spare[index], tensor) else _buffer_for(tensor)
-            for index, tensor in enumerate(self._tensors)
-        ]
-        _copy(self._buffers, self._tensors)
-
-    def load(self) -> None:
-        """Writes the copies back into the tensors they were taken from."""
-        _copy(self._tensors, self._buffers)
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """The copies, in the order of the tensors."""
-        return self._buffers
-
-
-def _same_layout(buffer: Tensor, tensor: Tensor) -> bool:
-    return buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
-
-
-def _buffer_for(tensor: Tensor) -> Tensor:
-    try:
-        return torch.empty_like(tensor, requires_grad=False)
-    except torch.OutOfMemoryError:
-        # Device memory is short: pinned host memory keeps the copy asynchronous and the run alive.
-        return torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
-
-
-@torch.no_grad()
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
-
-
 class Weights:
     """Parameters, buffers and ``requires_grad`` of a module; :attr:`Weights.copies` are name-ordered."""
 
@@ -101,6 +56,7 @@ class Weights:
 
     def capture(self) -> None:
         """Remembers the tensors and which object each name is bound to."""
+        reshard(self._module)
         tables: list[Any] = [t for module in self._module.modules() for t in (module._parameters, module._buffers)]
         self._tables = [(table, dict(table)) for table in tables]
         distinct = {id(t): t for _, names in self._tables for t in names.values() if t is not None}
@@ -109,6 +65,7 @@ class Weights:
 
     def restore(self) -> None:
         """Binds every name to its tensor again and writes the tensor's content back."""
+        reshard(self._module)
         for table, names in self._tables:
             table.clear()
             table.update(names)
@@ -119,12 +76,12 @@ class Weights:
 
     def state_dict(self) -> list[Tensor]:
         """The remembered tensors, on the CPU, in the order of the module's names."""
-        return [buffer.detach().cpu().clone() for buffer in self.copies.buffers]
+        return self.copies.wholes()
 
     def load_state_dict(self, saved: list[Tensor]) -> None:
         """Remembers ``saved`` instead of the present; the module must have the same names."""
         self.capture()
-        _copy(self.copies.buffers, saved)
+        self.copies.take(saved)
 
 
 class Gradients:
@@ -190,10 +147,10 @@ class OptimizerState:
     def state_dict(self) -> dict[str, Any]:
         """The remembered per-parameter state: the parameter's place in the groups, tensors and primitives."""
         place = {id(p): n for n, p in enumerate(p for group in self._optimizer.param_groups for p in group["params"])}
-        buffers = iter(self.copies.buffers)
+        wholes = iter(self.copies.wholes())
         entries = []
         for parameter, values, others in self._state:
-            tensors = {key: next(buffers).detach().cpu().clone() for key in values if key not in others}
+            tensors = {key: next(wholes) for key in values if key not in others}
             entries.append([place[id(parameter)], tensors, {key: restore() for key, restore in others.items()}])
         return {"entries": entries, "groups": [dict(settings) for settings in self._settings]}
 
@@ -207,6 +164,9 @@ class OptimizerState:
             parameter = parameters[place]
             device = {key: _state_device(key, value, parameter) for key, value in values.items()}
             own = {key: value.to(device[key], copy=True) for key, value in values.items()}
+            # What has the parameter's shape (a moment) lies where the parameter lies.
+            shaped = {key: value for key, value in own.items() if value.shape == parameter.shape}
+            own.update({key: laid_out(value, parameter) for key, value in shaped.items()})
             tensors += own.values()
             self._state.append((parameter, {**own, **others}, {key: save(value) for key, value in others.items()}))
         self.copies.save(tensors)

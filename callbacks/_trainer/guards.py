@@ -101,6 +101,12 @@ _CHECKS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
         "the strategy accumulates gradients by itself (DeepSpeed), so a trial cannot step as training does; use "
         "strategy='ddp'",
     ),
+    "fsdp1": (
+        lambda trainer, _: any(cls.__name__ == "FSDPStrategy" for cls in type(trainer.strategy).__mro__),
+        "FSDPStrategy flattens the parameters and restores callbacks at another moment than the other strategies; "
+        "use ModelParallelStrategy() with torch.distributed.fsdp.fully_shard in configure_model (FSDP2), or "
+        "strategy='ddp'",
+    ),
     "namespace": (
         _mixed_namespaces,
         "the Trainer comes from pytorch_lightning and the callback from lightning.pytorch, which are two copies of "

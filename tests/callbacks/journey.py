@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -70,6 +71,7 @@ def data(count=EXAMPLES):
 def weights_of(module):
     state = hashlib.sha1()
     for value in module.state_dict().values():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
         state.update(value.numpy().tobytes())
     return state.hexdigest()
 
@@ -210,7 +212,7 @@ def in_child(function, *arguments):
     return child
 
 
-def on_ranks(world, function, *arguments, timeout=300):
+def on_ranks(world, function, *arguments, timeout=150):
     """Runs ``function(rank, *arguments)`` on so many forked ranks; raises where one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -222,8 +224,9 @@ def on_ranks(world, function, *arguments, timeout=300):
         function(rank, *arguments)
 
     children = [in_child(rank_main, rank) for rank in range(world)]
+    deadline = time.monotonic() + timeout
     for child in children:
-        child.join(timeout)
+        child.join(max(0.0, deadline - time.monotonic()))
     codes = [child.exitcode for child in children]
     for child in children:
         if child.is_alive():

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from autotune.callbacks import AutoLRS
@@ -100,6 +101,23 @@ def test_batch_size_finder(tmp_path):
 )
 def test_modules(tmp_path, module, match):
     refused(tmp_path, UnsupportedSetupError, match, module=module())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "match"),
+    [
+        # Neither runs on a CPU: they are made as far as they can be without a GPU and without their libraries.
+        (FSDPStrategy, r"AutoLRS: FSDPStrategy .*ModelParallelStrategy\(\) with .*fully_shard"),
+        (DeepSpeedStrategy, r"AutoLRS: .*DeepSpeed.*use strategy='ddp'"),
+    ],
+)
+def test_strategies(tmp_path, strategy, match):
+    controller = AutoLRS()
+    runner = trainer(tmp_path, controller, max_steps=10)
+    runner._accelerator_connector.strategy = strategy.__new__(strategy)
+    runner.strategy._lightning_module = Tiny()
+    with pytest.raises(UnsupportedSetupError, match=match):
+        controller.setup(runner, runner.strategy._lightning_module, "fit")
 
 
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
