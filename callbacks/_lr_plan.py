@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from autotune.callbacks._trainer import horizon as horizons
+from autotune.callbacks._trainer.rates import averages_weights
 from autotune.stage.budget import Budget
 from autotune.stage.machine import StageMachine, StageState
 from autotune.stage.schedule import Shape
@@ -25,11 +26,13 @@ class LRPlan:
         budget: What searching may cost.
         shape: Of the rate.
         machine: The stages' clock.
+        averages: Whether the optimizer is schedule-free: then rates are held, in trials too.
     """
 
     def __init__(self, settings: LRSettings, trainer: Any) -> None:
         self._settings = settings
         self._trainer = trainer
+        self.averages = averages_weights(trainer.optimizers[0])
         self._renew()
 
     def _renew(self) -> None:
@@ -53,7 +56,7 @@ class LRPlan:
             self.shape = Shape(warmup=0.0, decay=False)
             self.machine = self._published_machine(updates)
         else:
-            self.shape = Shape(decay=known, resolution=resolution)
+            self.shape = Shape(decay=known and not self.averages, resolution=resolution)
             self.machine = StageMachine(search=self._settings.search, known_end=known)
 
     def _published_machine(self, updates: float) -> StageMachine:

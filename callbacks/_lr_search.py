@@ -134,7 +134,7 @@ class LRSearches:
             searcher=searcher,
             begin=begin,
             candidates=leg.candidates,
-            shape=TrialShape(leg.steps, constant=published),
+            shape=TrialShape(leg.steps, constant=published or run.plan.averages),
             level=level,
             forecast_to=self._stage_steps() if published else None,
             evaluations=_PUBLISHED_EVALUATIONS if published and run.state.index >= 2 else 0,

@@ -37,7 +37,8 @@ class AutoLRS(Callback):
     its known end. On a doubling clock the forecast is judged, a stage that lost ground is undone, and the rate is
     searched again when there is a reason. Trials leave no trace, and all they cost is inside ``search_budget``.
 
-    With a learning-rate scheduler of the user's, what is tuned is a multiplier on it.
+    With a learning-rate scheduler of the user's, what is tuned is a multiplier on it. Under a schedule-free optimizer
+    the rate is held, in trials too, and its average is what trials are judged by.
 
     Args:
         min_lr: Lowest rate to consider for the optimizer's first group; None for 1e-6.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +31,28 @@ def ratios(rates: list[float]) -> list[float]:
             )
         return [1.0] * len(rates)
     return [rate / rates[0] for rate in rates]
+
+
+def averages_weights(optimizer: Any) -> bool:
+    """Whether it is a schedule-free optimizer: it evaluates an average of its weights, so that no decay is wanted.
+
+    They are known by their modes, ``train()`` and ``eval()``, which exchange the weights for the average and back.
+    """
+    switched = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+    return switched and all("train_mode" in group for group in _groups(optimizer))
+
+
+@contextmanager
+def averaged(optimizers: Sequence[Any]) -> Iterator[None]:
+    """Schedule-free optimizers show their average here, whoever else switches them, and are as they were afterwards."""
+    switched = [one for one in optimizers if averages_weights(one) and all(g["train_mode"] for g in _groups(one))]
+    for optimizer in switched:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        for optimizer in switched:
+            optimizer.train()
 
 
 def current_rates(optimizer: Any) -> list[float]:

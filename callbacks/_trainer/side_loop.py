@@ -22,6 +22,7 @@ from torch import Tensor
 
 from autotune.callbacks._trainer.bar import quiet_bars
 from autotune.callbacks._trainer.data import Batches
+from autotune.callbacks._trainer.rates import averaged
 
 _SWAPPED = ("callbacks", "_logger_connector", "_loggers", "profiler", "should_stop", "_last_val_time")
 
@@ -109,7 +110,8 @@ class SideLoop:
         self._watch.begin()
         trainer.validating = True
         try:
-            loop.run()
+            with averaged(trainer.optimizers):
+                loop.run()
             logged = dict(connector._callback_metrics)
         finally:
             trainer.training = True

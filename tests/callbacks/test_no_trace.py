@@ -62,16 +62,16 @@ def _rows(path):
         ]
 
 
-def compare(folder, make_module=Tiny, settings=None, data=None, validation=True, **arguments):
+def compare(folder, make_module=Tiny, settings=None, data=None, validation=True, callbacks=(), **arguments):
     settings, data = settings or {}, data or {}
     callback = controller(min_lr=1e-4, max_lr=3e-2, **arguments)
-    tuned = Rows(folder / "tuned", make_module, [callback], settings, data, validation)
+    tuned = Rows(folder / "tuned", make_module, [callback, *callbacks], settings, data, validation)
     assert len(searches(callback)) >= 2
     assert not any(decision.kind == "rollback" for decision in callback.decisions)
     assert tuned.witness.steps > len(tuned.witness.lrs), "no trial was seen at the optimizer"
     scheduled = bool(tuned.trainer.lr_scheduler_configs)
     play = PlayRates(tuned.witness.lrs, scheduled)
-    plain = Rows(folder / "plain", make_module, [], settings, data, validation, play)
+    plain = Rows(folder / "plain", make_module, callbacks, settings, data, validation, play)
     assert plain.witness.steps == len(tuned.witness.lrs)
     assert tuned.witness.lrs == plain.witness.lrs
     assert tuned.witness.batches == plain.witness.batches
@@ -81,6 +81,7 @@ def compare(folder, make_module=Tiny, settings=None, data=None, validation=True,
     assert tuned.spy.calls == plain.spy.calls
     assert tuned.logged == plain.logged
     assert tuned.trainer.global_step == plain.trainer.global_step
+    return callback, tuned
 
 
 @pytest.mark.usefixtures("several_searches")
