@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from autotune.callbacks._trainer.namespaces import namespace_of
 from autotune.errors import UnsupportedSetupError
 
 
@@ -19,6 +20,7 @@ def refuse_unsupported(trainer: Any, controller: Any) -> None:
     for found, message in _CHECKS.values():
         if found(trainer, controller):
             raise UnsupportedSetupError(f"{name}: {message}")
+    _refuse_a_mix(trainer, name)
 
 
 def refuse_optimizers(trainer: Any, controller: Any) -> None:
@@ -58,12 +60,18 @@ def _handles_accumulation(trainer: Any, _: Any) -> bool:
     return bool(trainer.strategy.handles_gradient_accumulation)
 
 
-def _mixed_namespaces(trainer: Any, controller: Any) -> bool:
-    used = type(trainer.fit_loop).__module__.partition(".loops")[0]
-    bases = {
-        cls.__module__.partition(".callbacks")[0] for cls in type(controller).__mro__ if cls.__name__ == "Callback"
-    }
-    return used not in bases
+def _refuse_a_mix(trainer: Any, name: str) -> None:
+    # Lightning itself refuses a module or datamodule of the other name. A callback of it is taken and half ignored: no checkpoint is
+    # its last callback, no early stopping is known to be one.
+    own = namespace_of(trainer)
+    for item in trainer.callbacks:
+        other = namespace_of(item)
+        if own is not None and other not in (None, own):
+            raise UnsupportedSetupError(
+                f"{name}: the Trainer comes from {own} and {type(item).__name__} from {other}, which are two copies of "
+                f"one code base and do not know each other's classes; import {type(item).__name__} from {own} too "
+                f"({name} serves either)"
+            )
 
 
 _CHECKS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -106,10 +114,5 @@ _CHECKS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
         "FSDPStrategy flattens the parameters and restores callbacks at another moment than the other strategies; "
         "use ModelParallelStrategy() with torch.distributed.fsdp.fully_shard in configure_model (FSDP2), or "
         "strategy='ddp'",
-    ),
-    "namespace": (
-        _mixed_namespaces,
-        "the Trainer comes from pytorch_lightning and the callback from lightning.pytorch, which are two copies of "
-        "one code base; import the Trainer from lightning.pytorch",
     ),
 }

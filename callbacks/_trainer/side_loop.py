@@ -22,6 +22,7 @@ from torch import Tensor
 
 from autotune.callbacks._trainer.bar import quiet_bars
 from autotune.callbacks._trainer.data import Batches
+from autotune.callbacks._trainer.namespaces import sibling
 from autotune.callbacks._trainer.rates import averaged
 
 _SWAPPED = ("callbacks", "_logger_connector", "_loggers", "profiler", "should_stop", "_last_val_time")
@@ -146,16 +147,11 @@ class _BatchWatch(Callback):
 
 
 def _calls(trainer: Any) -> Any:
-    """The ``trainer.call`` module of the namespace the trainer comes from."""
-    namespace = type(trainer.fit_loop).__module__.split(".loops")[0]
-    return __import__(f"{namespace}.trainer.call", fromlist=["call"])
+    return sibling(trainer, "trainer.call")
 
 
 def _silent(trainer: Any) -> tuple[Any, Any]:
-    namespace = type(trainer.fit_loop).__module__.split(".loops")[0]
-    loggers = __import__(f"{namespace}.loggers.logger", fromlist=["DummyLogger"])
-    profilers = __import__(f"{namespace}.profilers", fromlist=["PassThroughProfiler"])
-    return loggers.DummyLogger, profilers.PassThroughProfiler
+    return sibling(trainer, "loggers.logger").DummyLogger, sibling(trainer, "profilers").PassThroughProfiler
 
 
 def _scratch_loop(trainer: Any) -> Any:

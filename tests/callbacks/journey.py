@@ -134,7 +134,8 @@ def controllers(which):
 class Journey:
     """One fit. ``decisions`` leave out wall times, which no two runs share."""
 
-    def __init__(self, folder, which="both", ckpt=None, callbacks=(), seed=1, module=None, train=None, ranks=1, **more):
+    def __init__(self, folder, which="both", ckpt=None, callbacks=(), seed=1, module=None, train=None, ranks=1,
+                 namespace=L, **more):  # fmt: skip
         small_searches()
         self.module = Net() if module is None else module
         self.track = Track()
@@ -154,7 +155,7 @@ class Journey:
             environment = LightningEnvironment()
             options["strategy"] = DDPStrategy(process_group_backend="gloo", cluster_environment=environment)
         everybody = [*self.controllers, self.track, *callbacks]
-        self.trainer = L.Trainer(callbacks=everybody, **{**options, **more})
+        self.trainer = namespace.Trainer(callbacks=everybody, **{**options, **more})
         L.seed_everything(seed, verbose=False)
         train = DataLoader(data(), BATCH, shuffle=True) if train is None else train
         validation = DataLoader(data(100), 50)
