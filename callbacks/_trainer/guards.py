@@ -61,8 +61,8 @@ def _handles_accumulation(trainer: Any, _: Any) -> bool:
 
 
 def _refuse_a_mix(trainer: Any, name: str) -> None:
-    # Lightning itself refuses a module or datamodule of the other name. A callback of it is taken and half ignored: no checkpoint is
-    # its last callback, no early stopping is known to be one.
+    # Lightning itself refuses a module or datamodule of the other name. A callback is taken and half ignored: no
+    # checkpoint is its last callback, no early stopping is known to be one.
     own = namespace_of(trainer)
     for item in trainer.callbacks:
         other = namespace_of(item)
