@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autotune.arguments import is_count, is_number
 from autotune.decision import Decision
+from autotune.errors import LogFormatError
 from autotune.stage.schedule import Shape
 
 #: Kinds of decision that put a peak in force; a stage's beginning repeats the one it runs under.
@@ -66,6 +68,9 @@ def plans_of(decisions: Sequence[Decision], steps: int) -> tuple[Plan, ...]:
     Args:
         decisions: Of one log; the first plan is that of the first record for which :func:`is_lr_setup` holds.
         steps: Updates that the log covers: what a run that was limited by time came to.
+
+    Raises:
+        LogFormatError: A plan cannot be one.
     """
     plans: list[Plan] = []
     for decision in decisions:
@@ -86,9 +91,15 @@ def plans_of(decisions: Sequence[Decision], steps: int) -> tuple[Plan, ...]:
 def _plan(start: int, horizon: Mapping[str, Any], shape: Mapping[str, Any], steps: int) -> Plan:
     unit, total = str(horizon.get("unit", "steps")), _float(horizon.get("total"), math.inf)
     updates = _float(horizon.get("updates"), total if unit == "steps" else math.nan)
-    if unit == "seconds" or not math.isfinite(updates) or updates <= 0:
+    warmup = _float(shape.get("warmup"), 0.0)
+    if not (total > 0.0 and 0.0 <= warmup < 1.0):
+        raise LogFormatError(
+            f"the plan in force from update {start} has total={total!r} and warmup={warmup!r}: a run's end is above 0, "
+            "and its warm-up a share of it, below 1"
+        )
+    if unit == "seconds" or not 1.0 <= updates < math.inf:
         updates = float(max(steps, 1))
-    form = Shape(_float(shape.get("warmup"), 0.0), shape.get("form") != "hold", 1.0 / updates)
+    form = Shape(warmup, shape.get("form") != "hold", 1.0 / updates)
     return Plan(start, unit, total, updates, form)
 
 
@@ -137,7 +148,21 @@ def batches_of(decisions: Sequence[Decision]) -> tuple[tuple[int, int], ...]:
 
 def _batch(decision: Decision, *names: str) -> int | None:
     sizes = (decision.numbers.get(name) for name in names)
-    return next((size for size in sizes if isinstance(size, int) and not isinstance(size, bool)), None)
+    return next((size for size in sizes if is_count(size)), None)
+
+
+def ratios_of(setup: Decision | None) -> tuple[float, ...]:
+    """Each group's rate in units of the first group's; (1,) where the log does not say.
+
+    Raises:
+        LogFormatError: They are no finite numbers.
+    """
+    ratios = None if setup is None else setup.numbers.get("lr_ratios")
+    if ratios is None:
+        return (1.0,)
+    if not (isinstance(ratios, list) and ratios and all(map(is_number, ratios))):
+        raise LogFormatError(f"lr_ratios are finite numbers, one a group; got {ratios!r}")
+    return tuple(map(float, ratios))
 
 
 def played(decisions: Sequence[Decision]) -> dict[int, tuple[Decision, ...]]:

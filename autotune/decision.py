@@ -27,6 +27,10 @@ SCHEMA = 1
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
+_COUNTS = ("step", "effective_step", "cost_steps")
+#: More updates than any run makes; NaN is not below it.
+_MOST = 2**53
+_LARGEST = 10**300
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -99,8 +103,9 @@ class Decision:
             "cost_steps": (int, float),
         }
         for key, kind in wanted.items():
-            if not isinstance(record.get(key), kind):
-                raise LogFormatError(f"a decision's {key!r} is missing or has a wrong type: {record.get(key)!r}")
+            value = record.get(key)
+            if not isinstance(value, kind) or isinstance(value, bool) or (key in _COUNTS and not 0 <= value <= _MOST):
+                raise LogFormatError(f"a decision's {key!r} is missing or has a wrong type: {value!r}")
         return cls(**{key: _revived(record[key]) if key == "numbers" else record[key] for key in wanted})
 
 
@@ -117,11 +122,14 @@ def _plain(value: Any) -> Any:
 
 def _revived(value: Any) -> Any:
     if isinstance(value, Mapping):
-        if set(value) == {"float"} and value["float"] in _NON_FINITE:
+        if set(value) == {"float"} and isinstance(value["float"], str) and value["float"] in _NON_FINITE:
             return _NON_FINITE[value["float"]]
         return {key: _revived(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_revived(item) for item in value]
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        # No number of ours: one that no float can hold would break whoever computes with it.
+        return math.inf if value > 0 else -math.inf
     return value
 
 
@@ -197,11 +205,11 @@ def read_decisions(path: str | os.PathLike[str]) -> list[Decision]:
             line without a newline is one that was being written when the run died, and is left out.
     """
     file = Path(path)
-    if file.is_dir():
-        file = file / "decisions.jsonl"
     try:
+        if file.is_dir():
+            file = file / "decisions.jsonl"
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a path may hold what no path can
         raise LogFormatError(f"cannot read {file}: {error}") from error
     return [_decode(line, file, number) for number, line in _whole_lines(text)]
 
@@ -216,7 +224,7 @@ def _whole_lines(text: str) -> Iterator[tuple[int, str]]:
 def _decode(line: str, file: Path, number: int) -> Decision:
     try:
         return Decision.from_dict(json.loads(line))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise LogFormatError(f"{file}, line {number}: not JSON ({error})") from error
     except LogFormatError as error:
         raise LogFormatError(f"{file}, line {number}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise LogFormatError(f"{file}, line {number}: not JSON ({error})") from error

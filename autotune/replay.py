@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
-from autotune._schedule_log import Plan, batches_of, is_batch_setup, is_lr_setup, peaks_of, plans_of, played
+from autotune._schedule_log import Plan, batches_of, is_batch_setup, is_lr_setup, peaks_of, plans_of, played, ratios_of
 from autotune.decision import Decision, read_decisions
 from autotune.errors import ConfigurationError, LogFormatError
 
@@ -196,7 +196,7 @@ def schedule_of(decisions: list[Decision], name: str = "the log") -> Schedule:
     """The schedule in a list of decisions.
 
     Raises:
-        LogFormatError: There is no setup record, or no decision sets a learning rate.
+        LogFormatError: There is no setup record, no decision sets a learning rate, or a plan cannot be one.
     """
     setup = next((decision for decision in decisions if is_lr_setup(decision)), None)
     batch = next((decision for decision in decisions if is_batch_setup(decision)), None)
@@ -210,7 +210,6 @@ def schedule_of(decisions: list[Decision], name: str = "the log") -> Schedule:
     if not peaks:
         raise LogFormatError(f"{name} has no decision that sets a learning rate: the run ended before its first search")
     rates: Rates = "lr_multiplier" if setup is None else "peak_lr" if setup.numbers.get("scheduler") is True else "lr"
-    ratios = None if setup is None else setup.numbers.get("lr_ratios")
     examples = None if batch is None else batch.numbers.get("epoch_examples")
     return Schedule(
         plans=plans_of(decisions, steps),
@@ -218,7 +217,7 @@ def schedule_of(decisions: list[Decision], name: str = "the log") -> Schedule:
         batches=batches_of(decisions),
         steps=steps,
         rates=rates,
-        ratios=tuple(float(ratio) for ratio in ratios) if isinstance(ratios, list) and ratios else (1.0,),
+        ratios=ratios_of(setup),
         events=played(decisions),
         returns=frozenset(
             step for d in decisions if d.action == "roll_back" and isinstance(step := d.numbers.get("to_step"), int)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from autotune.arguments import is_count
 from autotune.batch.rules import Rule, Tolerances
 from autotune.batch.scaling import SCALINGS, Scaling
 from autotune.callbacks._batch_run import BatchRun, BatchSettings, Tools
@@ -67,11 +68,11 @@ class AdaptiveBatchSize(Callback):
         rest_updates: int = 20,
         loss_reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
-        if max_batch_size is not None and max_batch_size < 1:
+        if max_batch_size is not None and not is_count(max_batch_size):
             raise ConfigurationError(f"max_batch_size counts examples, 1 or more; got {max_batch_size!r}")
         if lr_scaling not in SCALINGS:
             raise ConfigurationError(f"lr_scaling must be one of {', '.join(SCALINGS)}; got {lr_scaling!r}")
-        if every_n_steps < 1:
+        if not is_count(every_n_steps):
             raise ConfigurationError(f"every_n_steps counts updates, 1 or more; got {every_n_steps!r}")
         tolerances = eta if isinstance(eta, Tolerances) else Tolerances(eta)
         self._settings = BatchSettings(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from autotune.arguments import is_count
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.measure import LoopMeter, Source
 from autotune.errors import ConfigurationError
@@ -50,8 +51,11 @@ class GradientNoiseMonitor(Callback):
         decay: float = 0.9,
         level: float = 0.8,
     ) -> None:
-        if every_n_steps < 1:
+        if not is_count(every_n_steps):
             raise ConfigurationError(f"every_n_steps counts updates, 1 or more; got {every_n_steps!r}")
+        for name, value in (("preconditioned", preconditioned), ("by_module", by_module)):
+            if not isinstance(value, bool):
+                raise ConfigurationError(f"{name} must be True or False; got {value!r}")
         self.every_n_steps = every_n_steps
         self._meter = LoopMeter(
             source, loss_reduction=loss_reduction, preconditioned=preconditioned, by_module=by_module

@@ -17,7 +17,7 @@ from autotune.callbacks._trainer.facts import logs_now, warn, window_end, window
 from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
-from autotune.errors import UnsupportedSetupError
+from autotune.errors import ConfigurationError, UnsupportedSetupError
 from autotune.replay import Schedule, load_schedule
 
 #: What a decision says of trials.
@@ -38,12 +38,15 @@ class ReplaySchedule(Callback):
         path: A ``decisions.jsonl``, or the directory that holds it.
 
     Raises:
+        ConfigurationError: At construction, for what is no path.
         LogFormatError: At construction, for a log that cannot be read or of a run in which nothing was controlled.
         UnsupportedSetupError: When a fit starts, for a setup that cannot be served.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigurationError(f"path names a run's directory or its decisions.jsonl; got {path!r}")
         self.path = os.fspath(path)
         self._schedule = load_schedule(path)
         self._rates: RatePlayer | None = None

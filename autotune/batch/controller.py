@@ -21,6 +21,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
+from autotune.arguments import is_count, is_number
 from autotune.batch.rules import RULES, Rule, Tolerances, Verdict, decay_test, noise_scale_test, published
 from autotune.errors import ConfigurationError, StateError
 from autotune.noise.smoothing import NoiseEstimate
@@ -111,10 +112,10 @@ class BatchController:
     ) -> None:
         if rule not in RULES:
             raise ConfigurationError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-        if not multiple > 0:
-            raise ConfigurationError(f"multiple must be positive; got {multiple!r}")
-        if rest_updates < 0:
-            raise ConfigurationError(f"rest_updates counts updates; got {rest_updates!r}")
+        if not (is_number(multiple) and multiple > 0):
+            raise ConfigurationError(f"noise_multiple must be a positive number; got {multiple!r}. Try 0.25.")
+        if not is_count(rest_updates, least=0):
+            raise ConfigurationError(f"rest_updates counts updates, 0 or more; got {rest_updates!r}. Try 20.")
         if not most_growth > LEAST_GROWTH:
             raise ConfigurationError(f"most_growth must be above {LEAST_GROWTH}; got {most_growth!r}")
         self.rule = rule

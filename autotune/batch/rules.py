@@ -42,6 +42,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from autotune.arguments import is_number
 from autotune.errors import ConfigurationError
 from autotune.noise.smoothing import NoiseEstimate
 from autotune.noise.statistics import GradientRecord
@@ -80,26 +81,27 @@ class Tolerances:
 
     def __post_init__(self) -> None:
         for name in ("eta", "theta", "nu"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{name} must be positive; got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not (is_number(value) and value > 0):
+                raise ConfigurationError(f"{name} must be a positive number; got {value!r}. Try {name}=0.5.")
 
 
 def norm_test(record: GradientRecord, eta: float) -> Verdict:
     """The norm test; asks for ``ceil(V / (eta^2 |g|^2))``."""
     variance, square = float(record.variance().sum()), float(record.mean_sq.sum())
-    return _verdict(record, variance, eta**2 * square, {"variance": variance, "mean_sq": square})
+    return _verdict(record, variance, eta * eta * square, {"variance": variance, "mean_sq": square})
 
 
 def inner_product_test(record: GradientRecord, theta: float) -> Verdict:
     """The inner-product test; asks for ``ceil(Var_i(g_i.g) / (theta^2 |g|^4))``."""
     along, square = float(record.inner_product_variance()), float(record.mean_sq.sum())
-    return _verdict(record, along, theta**2 * square**2, {"inner_product_variance": along, "mean_sq": square})
+    return _verdict(record, along, theta * theta * square**2, {"inner_product_variance": along, "mean_sq": square})
 
 
 def orthogonality_test(record: GradientRecord, nu: float) -> Verdict:
     """The orthogonality test; asks for ``ceil(V_orth / (nu^2 |g|^2))``."""
     across, square = float(record.orthogonal_variance()), float(record.mean_sq.sum())
-    return _verdict(record, across, nu**2 * square, {"orthogonal_variance": across, "mean_sq": square})
+    return _verdict(record, across, nu * nu * square, {"orthogonal_variance": across, "mean_sq": square})
 
 
 def augmented_test(record: GradientRecord, theta: float, nu: float) -> Verdict:
@@ -117,7 +119,7 @@ def coordinate_test(record: GradientRecord, eta: float) -> Verdict:
     (``Extras.quantile``).
     """
     ratio = float(record.coordinate)
-    return _verdict(record, ratio, eta**2, {"coordinate_ratio": ratio})
+    return _verdict(record, ratio, eta * eta, {"coordinate_ratio": ratio})
 
 
 def noise_scale_test(estimate: NoiseEstimate, batch: float, multiple: float) -> Verdict:

@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 
+from autotune.arguments import is_number
 from autotune.errors import ConfigurationError, StateError
 from autotune.noise.statistics import GradientRecord
 
@@ -96,9 +97,9 @@ class NoiseSmoother:
     """
 
     def __init__(self, decay: float = 0.9, level: float = 0.8) -> None:
-        if not 0.0 <= decay < 1.0:
+        if not (is_number(decay) and 0.0 <= decay < 1.0):
             raise ConfigurationError(f"decay must lie in [0, 1); got {decay!r}. Try decay=0.9.")
-        if not 0.0 < level < 1.0:
+        if not (is_number(level) and 0.0 < level < 1.0):
             raise ConfigurationError(f"level must lie in (0, 1); got {level!r}. Try level=0.8.")
         self.decay = decay
         self.level = level

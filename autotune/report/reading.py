@@ -59,9 +59,13 @@ def find_log(path: str | os.PathLike[str]) -> tuple[Path, list[str]]:
         LogFormatError: Nothing is there.
     """
     place = Path(path)
-    if place.is_file():
+    try:
+        is_file, is_folder = place.is_file(), place.is_dir()
+    except (OSError, ValueError) as error:
+        raise LogFormatError(f"{place} cannot be looked at ({error})") from error
+    if is_file:
         return place, []
-    if not place.is_dir():
+    if not is_folder:
         raise LogFormatError(f"{place} does not exist: name a run's directory or its {LOG_NAME}")
     if (place / LOG_NAME).is_file():
         return place / LOG_NAME, []

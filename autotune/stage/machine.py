@@ -39,14 +39,19 @@ class Probe:
 
 
 def compare(now: Probe, before: Probe) -> tuple[float, float]:
-    """The paired difference ``now - before`` and its standard error (NaN where there are no single batches)."""
+    """The paired difference ``now - before`` and its standard error (NaN where it cannot be told)."""
     difference = now.loss - before.loss
     count = len(now.batches)
     if count < 2 or count != len(before.batches):
         return difference, math.nan
     pairs = [a - b for a, b in zip(now.batches, before.batches, strict=True)]
-    mean = math.fsum(pairs) / count
-    variance = math.fsum((pair - mean) ** 2 for pair in pairs) / (count - 1)
+    if not all(map(math.isfinite, pairs)):
+        return difference, math.nan
+    try:
+        mean = math.fsum(pairs) / count
+        variance = math.fsum((pair - mean) ** 2 for pair in pairs) / (count - 1)
+    except OverflowError:
+        return difference, math.nan
     return difference, math.sqrt(variance / count)
 
 
@@ -155,7 +160,7 @@ class StageMachine:
 
     def due(self, state: StageState, progress: float) -> Due | None:
         """What has to be done before the next update."""
-        if state.index == 0 or state.request:
+        if state.lr is None or state.index == 0 or state.request:
             return "search"
         if progress >= state.end and not (self.known_end and state.end >= 1.0):
             return "end"

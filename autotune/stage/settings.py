@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from autotune.arguments import is_count, is_number
 from autotune.errors import ConfigurationError
 
 Objective = Literal["annealed", "forecast"]
@@ -39,7 +39,7 @@ class LRSettings:
     def __post_init__(self) -> None:
         for name in ("min_lr", "max_lr"):
             value = getattr(self, name)
-            if value is not None and not (_number(value) and 0.0 < value < math.inf):
+            if value is not None and not (is_number(value) and value > 0.0):
                 raise ConfigurationError(
                     f"AutoLRS({name}={value!r}): a learning rate above 0, e.g. {name}=1e-5, or None"
                 )
@@ -48,7 +48,7 @@ class LRSettings:
                 f"AutoLRS(min_lr={self.min_lr!r}, max_lr={self.max_lr!r}): min_lr must be below max_lr "
                 f"(unset bounds are {LOWEST_LR:g} and {HIGHEST_LR:g}), e.g. AutoLRS(min_lr=1e-5, max_lr=1.0)"
             )
-        if not (_number(self.search_budget) and 0.0 < self.search_budget < 1.0):
+        if not (is_number(self.search_budget) and 0.0 < self.search_budget < 1.0):
             raise ConfigurationError(
                 f"AutoLRS(search_budget={self.search_budget!r}): the share of the run that searching may cost, "
                 "strictly between 0 and 1, e.g. search_budget=0.1"
@@ -62,8 +62,8 @@ class LRSettings:
                 f"AutoLRS(monitor={self.monitor!r}): the name of a value that validation_step logs, e.g. "
                 "monitor='val_loss', or None to find it"
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigurationError(f"AutoLRS(seed={self.seed!r}): an integer of at least 0, e.g. seed=0")
+        if not is_count(self.seed, least=0) or self.seed >= 2**32:
+            raise ConfigurationError(f"AutoLRS(seed={self.seed!r}): an integer from 0 to 2**32 - 1, e.g. seed=0")
         if not isinstance(self.stop_early, bool):
             raise ConfigurationError(f"AutoLRS(stop_early={self.stop_early!r}): True or False")
 
@@ -88,7 +88,3 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": get_args(Mode),
     "proposals": get_args(Proposals),
 }
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
