@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autotune.batch.controller import BatchController, BatchState, Decay, Target
+from autotune.batch.controller import BatchState, Decay, Target
 from autotune.batch.plan import Split, plan
-from autotune.batch.rules import Rule, Tolerances
 from autotune.batch.scaling import Scaling, gain, rule_for, scale_group_betas, scales_betas
+from autotune.batch.settings import BatchSettings
 from autotune.callbacks._growth import Rates, Watch
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.accumulation import Windows
@@ -25,27 +25,6 @@ from autotune.noise.statistics import GradientRecord
 
 #: An epoch keeps at least so many updates where no largest batch is given.
 UPDATES_AN_EPOCH = 32
-
-
-@dataclass(frozen=True)
-class BatchSettings:
-    """What the user asked for."""
-
-    max_batch_size: int | None
-    rule: Rule
-    lr_scaling: Scaling
-    every_n_steps: int
-    noise_multiple: float
-    tolerances: Tolerances
-    rest_updates: int
-
-    def controller(self) -> BatchController:
-        """The rule at these settings.
-
-        Raises:
-            ConfigurationError: A value is out of range.
-        """
-        return BatchController(self.rule, self.tolerances, self.noise_multiple, self.rest_updates)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from autotune.arguments import is_count
 from autotune.batch.rules import Rule, Tolerances
 from autotune.batch.scaling import SCALINGS, Scaling
-from autotune.callbacks._batch_run import BatchRun, BatchSettings, Tools
+from autotune.batch.settings import BatchSettings
+from autotune.callbacks._batch_run import BatchRun, Tools
 from autotune.callbacks._growth import auto_lrs
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._saved import check_origin, stamp

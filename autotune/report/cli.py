@@ -77,8 +77,8 @@ def _report(arguments: argparse.Namespace) -> int:
             missing.append(error)
     if not runs:
         raise missing[0]
-    for error in missing:
-        print(f"autotune: {error}; the others are shown without it", file=sys.stderr)
+    for refused in missing:
+        print(f"autotune: {refused}; the others are shown without it", file=sys.stderr)
     for run in runs:
         for problem in run.problems:
             print(f"note: {problem}", file=sys.stderr)

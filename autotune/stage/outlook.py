@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from autotune.forecast._profile import Family
 from autotune.forecast.curve import CurveFit, fit_curve
 from autotune.forecast.trace import LossTrace
 from autotune.stage.machine import Probe, compare
@@ -52,7 +53,14 @@ class Outlook:
         return not self.reason
 
 
-def look_ahead(trace: LossTrace, start: Probe | None, now: Probe, step: float, end_step: float) -> Outlook:
+def look_ahead(
+    trace: LossTrace,
+    start: Probe | None,
+    now: Probe,
+    step: float,
+    end_step: float,
+    family: Family = "exponential",
+) -> Outlook:
     """Predicts the probe loss at ``end_step``.
 
     Args:
@@ -61,13 +69,15 @@ def look_ahead(trace: LossTrace, start: Probe | None, now: Probe, step: float, e
         now: The probe at ``step``.
         step: Real updates done.
         end_step: Real updates at the stage's end.
+        family: Of the training curve. Which one foretells better is measured by
+            ``examples/benchmark/forecast_table.py``.
     """
     steps, losses = trace.curve()
     nothing = math.nan
     if start is None or not (math.isfinite(start.loss) and math.isfinite(now.loss)):
         return Outlook(nothing, nothing, nothing, "no finite probe at the stage's start or now")
     bound = 0.0 if all(loss >= 0.0 for loss in losses) else None
-    fit = fit_curve(steps, losses, lower_bound=bound)
+    fit = fit_curve(steps, losses, family=family, lower_bound=bound)
     if not fit.trusted:
         return Outlook(nothing, nothing, nothing, fit.reason)
     end = fit.predict(end_step, _LEVEL, noisy=False)

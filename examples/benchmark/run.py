@@ -1,7 +1,7 @@
 """Runs the benchmark, two workers, and can be stopped and started again at any time.
 
     python examples/benchmark/run.py                              # all that is missing, developing seeds 0 and 1
-    python examples/benchmark/run.py --seeds 10 11 12 13 14 --methods autolrs sweep
+    python examples/benchmark/run.py --seeds 10 11 12 13 14 --methods autolrs top3
     python examples/benchmark/run.py --workloads parity --scale gpu
 
 Every result is one JSON file whose folder carries the hash of the workload's definition: a changed workload is run
@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -150,6 +151,28 @@ def job(name: str, workload: Workload, seed: int, folder: Path) -> str:
     return f"{workload.name} {name} s{seed}: {result['loss']}"
 
 
+def top(folder: Path, workload: Workload, count: int, seeds: tuple[int, ...] = (0, 1)) -> list[str]:
+    """The sweep's configurations with the lowest mean loss over the developing seeds: those worth the reporting ones.
+
+    Raises:
+        FileNotFoundError: No configuration of the sweep was run on the developing seeds.
+    """
+    found: dict[str, list[float]] = {}
+    for name in wanted(["sweep"]):
+        files = [path_of(folder, workload, name, seed) for seed in seeds]
+        if all(file.exists() for file in files):
+            losses = [json.loads(file.read_text())["loss"] for file in files]
+            found[name] = [float("inf") if loss is None or loss != loss else loss for loss in losses]
+    if not found:
+        raise FileNotFoundError(f"{workload.name}: run the sweep on seeds {seeds} first (--methods sweep --seeds 0 1)")
+    return sorted(found, key=lambda name: statistics.fmean(found[name]))[:count]
+
+
+def chosen(names: list[str], folder: Path, workload: Workload) -> list[str]:
+    """:func:`wanted`, with ``top3`` for the sweep's best three on the developing seeds."""
+    return [one for name in names for one in (top(folder, workload, 3) if name == "top3" else wanted([name]))]
+
+
 def wanted(names: list[str]) -> list[str]:
     """Method names: ``sweep`` stands for 7 rates times 3 shapes, ``rivals`` and ``policies`` for all of a kind."""
     groups = {
@@ -172,7 +195,8 @@ def main() -> None:
     options = parser.parse_args()
     loads = [SUITE[name].scaled(options.scale) for name in options.workloads]
     jobs = [
-        (name, load, seed) for seed in options.seeds for load in loads for name in wanted(options.methods)
+        (name, load, seed) for seed in options.seeds for load in loads
+        for name in chosen(options.methods, options.results, load)
         if not path_of(options.results, load, name, seed).exists()
     ]  # fmt: skip
     random.Random(0).shuffle(jobs)  # so that an interrupted night has a bit of everything
