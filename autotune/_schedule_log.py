@@ -148,7 +148,7 @@ def batches_of(decisions: Sequence[Decision]) -> tuple[tuple[int, int], ...]:
 
 def _batch(decision: Decision, *names: str) -> int | None:
     sizes = (decision.numbers.get(name) for name in names)
-    return next((size for size in sizes if is_count(size)), None)
+    return next((size for size in sizes if isinstance(size, int) and is_count(size)), None)
 
 
 def ratios_of(setup: Decision | None) -> tuple[float, ...]:

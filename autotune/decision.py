@@ -104,9 +104,13 @@ class Decision:
         }
         for key, kind in wanted.items():
             value = record.get(key)
-            if not isinstance(value, kind) or isinstance(value, bool) or (key in _COUNTS and not 0 <= value <= _MOST):
+            if not isinstance(value, kind) or (key in _COUNTS and not _is_count(value)):
                 raise LogFormatError(f"a decision's {key!r} is missing or has a wrong type: {value!r}")
         return cls(**{key: _revived(record[key]) if key == "numbers" else record[key] for key in wanted})
+
+
+def _is_count(value: Any) -> bool:
+    return not isinstance(value, bool) and 0 <= value <= _MOST
 
 
 def _plain(value: Any) -> Any:

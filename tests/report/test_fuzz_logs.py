@@ -41,7 +41,7 @@ MORE = [
      "horizon": {"unit": "examples", "total": 9000.0, "updates": 140.0}, "shape": {"form": "linear", "warmup": 0.02}}},
     {"kind": "setup", "action": "set_batch", "numbers": {"batch_size": 16, "epoch_examples": 500, "scale_betas": True}},
     {"kind": "setup", "action": "replan", "step": 9, "numbers": {"total": 12000.0, "shape": {"form": "hold"}}},
-    {"kind": "batch", "action": "grow", "step": 30, "numbers": {"batch_size": 64, "batch_before": 16, "lr_factor": 2.0}},
+    {"kind": "batch", "action": "grow", "step": 30, "numbers": {"batch_size": 64, "batch_before": 16, "lr_gain": 2.0}},
     {"kind": "rollback", "action": "roll_back", "step": 60, "numbers": {"to_step": 20, "lr": 0.01}},
 ]  # fmt: skip
 WHOLE = {"schema": 1, "step": 0, "effective_step": 0, "reason": "why", "cost_steps": 1.5}
