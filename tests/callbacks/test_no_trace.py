@@ -29,6 +29,8 @@ SETTINGS = {
     "clip by norm": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "norm"},
     "clip by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
     "bf16": {"precision": "bf16-mixed"},
+    "bf16 throughout": {"precision": "bf16-true"},
+    "double": {"precision": "64-true"},
     "epochs": {"max_steps": -1, "max_epochs": 4},
 }
 LOADERS = {

@@ -149,6 +149,14 @@ def test_the_scripts_that_the_text_names_are_there():
     assert all((ROOT / path).is_file() for path in named)
 
 
+def test_the_support_matrix_names_nothing_that_no_test_has():
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__))
+    section = README.partition("## What it works with")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([^`]+)`", section))
+    assert len(named) > 40
+    assert not {name for name in named if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", tests)}
+
+
 def test_the_api_table_names_what_there_is():
     import importlib
 
