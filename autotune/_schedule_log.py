@@ -78,7 +78,7 @@ def plans_of(decisions: Sequence[Decision], steps: int) -> tuple[Plan, ...]:
             if "updates" not in numbers and _float(numbers.get("total"), math.inf) < math.inf:
                 horizon["updates"] = before.updates * _float(numbers.get("total"), 1.0) / before.total
             known = {"warmup": before.shape.warmup, "form": "linear" if before.shape.decay else "hold"}
-            shape = {**known, **_mapping(numbers.get("shape"))}
+            shape = {**known, "decay_from": before.shape.decay_from, **_mapping(numbers.get("shape"))}
             plans.append(_plan(decision.effective_step, horizon, shape, steps))
     return tuple(plans)
 
@@ -88,7 +88,8 @@ def _plan(start: int, horizon: Mapping[str, Any], shape: Mapping[str, Any], step
     updates = _float(horizon.get("updates"), total if unit == "steps" else math.nan)
     if unit == "seconds" or not math.isfinite(updates) or updates <= 0:
         updates = float(max(steps, 1))
-    form = Shape(_float(shape.get("warmup"), 0.0), shape.get("form") != "hold", 1.0 / updates)
+    begins = _float(shape.get("decay_from"), 0.0)
+    form = Shape(_float(shape.get("warmup"), 0.0), shape.get("form") != "hold", 1.0 / updates, begins)
     return Plan(start, unit, total, updates, form)
 
 

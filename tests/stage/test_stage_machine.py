@@ -52,7 +52,8 @@ class TestClock:
         assert state.end == 1.0
         assert starts == sorted(set(starts))
         # No stage is left that would be shorter than half of its clock.
-        assert 1.0 - starts[-1] >= 0.5 * first - 1e-9
+        # A stage begins up to one tick late.
+        assert 1.0 - starts[-1] >= 0.5 * first - 1.0 / 300 - 1e-9
 
     def test_without_an_end_stages_stop_growing(self):
         machine = StageMachine(known_end=False, longest=0.1)
