@@ -31,7 +31,7 @@ from autotune.search.state import Outcome, SearchState, progress_fraction
 from autotune.search.surrogate import Posterior, SurrogatePrior
 
 _GRID = 81
-_MARGIN = 0.25  # decades beyond the bracket's trials within which an answer may lie
+_MARGIN = 0.01  # decades by which an answer may lie outside the bracket: a range of one trial is one
 _LITTLE = 0.02  # progress, as a share of the starting loss, at which trials are believed half as much
 
 
