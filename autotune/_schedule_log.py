@@ -83,7 +83,7 @@ def plans_of(decisions: Sequence[Decision], steps: int) -> tuple[Plan, ...]:
             if "updates" not in numbers and _float(numbers.get("total"), math.inf) < math.inf:
                 horizon["updates"] = before.updates * _float(numbers.get("total"), 1.0) / before.total
             known = {"warmup": before.shape.warmup, "form": "linear" if before.shape.decay else "hold"}
-            shape = {**known, **_mapping(numbers.get("shape"))}
+            shape = {**known, "decay_from": before.shape.decay_from, **_mapping(numbers.get("shape"))}
             plans.append(_plan(decision.effective_step, horizon, shape, steps))
     return tuple(plans)
 
@@ -92,14 +92,15 @@ def _plan(start: int, horizon: Mapping[str, Any], shape: Mapping[str, Any], step
     unit, total = str(horizon.get("unit", "steps")), _float(horizon.get("total"), math.inf)
     updates = _float(horizon.get("updates"), total if unit == "steps" else math.nan)
     warmup = _float(shape.get("warmup"), 0.0)
-    if not (total > 0.0 and 0.0 <= warmup < 1.0):
+    begins = _float(shape.get("decay_from"), 0.0)
+    if not (total > 0.0 and 0.0 <= warmup < 1.0 and 0.0 <= begins < 1.0):
         raise LogFormatError(
-            f"the plan in force from update {start} has total={total!r} and warmup={warmup!r}: a run's end is above 0, "
-            "and its warm-up a share of it, below 1"
+            f"the plan in force from update {start} has total={total!r}, warmup={warmup!r} and decay_from={begins!r}: "
+            "a run's end is above 0, the others are shares of it, below 1"
         )
     if unit == "seconds" or not 1.0 <= updates < math.inf:
         updates = float(max(steps, 1))
-    form = Shape(warmup, shape.get("form") != "hold", 1.0 / updates)
+    form = Shape(warmup, shape.get("form") != "hold", 1.0 / updates, begins)
     return Plan(start, unit, total, updates, form)
 
 

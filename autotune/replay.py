@@ -160,6 +160,7 @@ class Schedule:
                 "updates": plan.updates,
                 "warmup": plan.shape.warmup,
                 "decay": plan.shape.decay,
+                "decay_from": plan.shape.decay_from,
             }
             for plan in self.plans
         ]

@@ -20,6 +20,7 @@ from autotune.search import (
     SearchState,
 )
 from autotune.search.surrogate import SurrogatePrior
+from autotune.search.usual import cautious_lr, usual_lr
 from autotune.stage.machine import Probe
 from autotune.stage.policy import Leg, SearchPolicy
 from autotune.stage.schedule import TrialShape
@@ -36,9 +37,6 @@ _PRIOR = SurrogatePrior(drift=0.0, drift_sd=0.15, offset_sd=0.1)
 _WORTH_CHANGING = 0.05
 #: The first rates that are tried where nothing is known.
 _FIRST_TRIED = (1e-3, 1e-1)
-#: Rates that usually train at all, by optimizer family; used only where no search could be made.
-_DEFAULTS = {"sgd": 1e-2, "asgd": 1e-2, "adagrad": 1e-2, "adadelta": 1.0, "lion": 1e-4}
-_DEFAULT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,8 @@ class LRSearches:
             return self._grid(leg, before)
         if before is not None and math.isfinite(before.log_lr):
             centre = math.exp(before.log_lr_trial_optimum)
-            return BracketSearch(centre, self._space, candidates=leg.candidates, prior=_PRIOR)
+            usual = usual_lr(self._family())
+            return BracketSearch(centre, self._space, candidates=leg.candidates, usual=usual, prior=_PRIOR)
         tried = [lr for lr in _FIRST_TRIED if self._space.low <= lr <= self._space.high]
         return LRSearch(
             self._space, candidates=leg.candidates, initial_points=tried or None, min_progress=0.0, prior=_PRIOR
@@ -236,7 +235,7 @@ class LRSearches:
         return type(self._run.optimizer).__name__
 
     def _default(self) -> float:
-        return self._space_clip(_DEFAULTS.get(self._family().lower(), _DEFAULT))
+        return self._space_clip(cautious_lr(self._family()))
 
     def _numbers(self, result: SearchResult, legs: list[Leg]) -> dict[str, Any]:
         recommendation = result.recommendation

@@ -33,9 +33,10 @@ class AutoLRS(Callback):
 
     Before the first update it tries rates on the trainer's own model, by short trials whose rate decays to zero, all
     from the same weights on the same batches; a Gaussian process over log rate and trial length proposes the next
-    and says which rate suits the whole run. Then the run trains with a short warm-up and a linear decay to zero at
-    its known end. On a doubling clock the forecast is judged, a stage that lost ground is undone, and the rate is
-    searched again when there is a reason. Trials leave no trace, and all they cost is inside ``search_budget``.
+    and says which rate suits the whole run. Then the run trains with a short warm-up, holds the rate for half of its
+    known length and decays it linearly to zero. On a doubling clock the forecast is judged, a stage that lost ground
+    is undone, and the rate is searched again when there is a reason. Trials leave no trace, and all they cost is
+    inside ``search_budget``.
 
     With a learning-rate scheduler of the user's, what is tuned is a multiplier on it. Under a schedule-free optimizer
     the rate is held, in trials too, and its average is what trials are judged by.

@@ -1,20 +1,22 @@
 """A search around a rate that is about right: a bracket walked downhill first, then the surrogate.
 
-Notation: as in :mod:`autotune.search.surrogate`; c is the log learning rate to start from, g the bracket's gap.
+Notation: as in :mod:`autotune.search.surrogate`; c is the log learning rate to start from, g the bracket's gap, w the
+rate that is usual for the optimizer's family, f the share of the starting loss that the best trial took off.
 
-The trials are at c and c - g; then at c - 2g if that was better or about equal and at c + g if not; any more where the
-surrogate's lower confidence bound is lowest, within a gap of the best. "About equal" is within ``level`` of the
-progress the better of the two has made.
+The trials are at c and one gap towards w (down, where no w is known); then one further in that direction if that was
+better or about equal, and at the other side of c if not; any more where the surrogate's lower confidence bound is
+lowest, within a gap of the best. "About equal" is within ``level`` of the progress the better of the two has made.
 
-The answer is the surrogate's minimum near the best trial; where a higher rate's trial ended within ``tie`` of the best,
-the middle between the two. Of rates that do equally well in a short trial, the higher ones are better over a long run
-for networks with a level valley (perceptrons, BatchNorm, fine-tuning) and worse for those on a level stretch above an
-edge (transformers), and nothing in the trials tells which. The drift between horizons, which the surrogate learns too,
-is not used: it did not pay (``examples/benchmark/FINDINGS.md``).
+The answer minimises, over the bracket, the surrogate's mean plus ``pull * (1 + 0.02 / f) * d^2``, where d is the
+distance from w in decades. The unit of the mean is the progress of the best trial, so at the default a decade weighs as
+much as a trial that is worse by a twentieth: where trials tell rates apart, they decide; on a level stretch, where they
+do not, and on a loss that has hardly moved, what is usual does. Almost half of the excess loss over the best rate came
+from such stretches, and a w half a decade off serves nearly as well (``examples/benchmark/FINDINGS.md``).
 
-Down comes first because of what lies above: a rate that is too high for a transformer takes its loss to the level of
-the bytes' frequencies and leaves it there, so that all rates above the edge end equal. A surrogate that starts on such
-a level stretch finds nothing to go by and stays; a measured step across the edge costs one trial.
+Level stretches have two sides. A rate that is too high for a transformer takes its loss to the level of the bytes'
+frequencies and leaves it there, so that all rates above the edge end equal; in a valley with a level floor short trials
+end equal far below the best rate. The walk towards w crosses the edge of the first and climbs out of the second. The
+drift between horizons, which the surrogate learns too, is not used: it did not pay.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from autotune.errors import ConfigurationError
 from autotune.search.acquisition import Proposal, propose
 from autotune.search.optimizer import LRSearch
 from autotune.search.space import LogSpace
-from autotune.search.state import Outcome, SearchState
+from autotune.search.state import Outcome, SearchState, progress_fraction
 from autotune.search.surrogate import Posterior, SurrogatePrior
 
 _GRID = 81
+_MARGIN = 0.01  # decades by which an answer may lie outside the bracket: a range of one trial is one
+_LITTLE = 0.02  # progress, as a share of the starting loss, at which trials are believed half as much
 
 
 class BracketSearch(LRSearch):
@@ -40,8 +44,8 @@ class BracketSearch(LRSearch):
         candidates: Trials.
         gap: Between neighbours, in decades.
         level: Share of the progress within which two trials count as equal, so that the walk goes on down.
-        near: The surrogate's minimum is looked for this close to the best trial, in decades.
-        tie: Share of the best trial's progress that a trial at a higher rate may be worse by and still count as equal.
+        usual: Learning rate that is usual for the optimizer's family; None where none is known.
+        pull: Weight of the squared distance from it, a decade away, in units of the best trial's progress.
         beta: Weight of the uncertainty in the bound.
         prior: Of the surrogate.
 
@@ -57,22 +61,22 @@ class BracketSearch(LRSearch):
         candidates: int = 3,
         gap: float = 0.5,
         level: float = 0.03,
-        near: float = 0.25,
-        tie: float = 0.03,
+        usual: float | None = None,
+        pull: float = 0.05,
         beta: float = 0.5,
         prior: SurrogatePrior | None = None,
     ) -> None:
         super().__init__(space, candidates=candidates, beta=beta, min_progress=0.0, prior=prior)
-        if not (gap > 0 and near >= 0 and tie >= 0 and 0 < centre < math.inf):
+        if not (gap > 0 and pull >= 0 and 0 < centre < math.inf and (usual is None or 0 < usual < math.inf)):
             raise ConfigurationError(
-                "BracketSearch: centre and gap above 0, near and tie at least 0; "
-                f"got {centre!r}, {gap!r}, {near!r}, {tie!r}"
+                "BracketSearch: centre, usual and gap above 0, pull at least 0; "
+                f"got {centre!r}, {usual!r}, {gap!r}, {pull!r}"
             )
         self.centre = self.space.clip(math.log(centre))
         self.gap = gap * math.log(10.0)
         self.level = level
-        self.near = near * math.log(10.0)
-        self.tie = tie
+        self.usual = None if usual is None else math.log(usual)
+        self.pull = pull
 
     def ask(self, state: SearchState) -> Proposal | None:
         """The next trial, or None when all candidates were tried or the space holds no new one."""
@@ -99,37 +103,36 @@ class BracketSearch(LRSearch):
     def _walk(self, start: float, state: SearchState) -> list[tuple[float, str]]:
         """The bracket's next points, the wanted one first; none once it has three."""
         tried = state.outcomes
-        down, up = (start - self.gap, "half a decade down"), (start + self.gap, "half a decade up")
+        up = self.usual is not None and self.usual > start
+        gap, ahead, behind = (self.gap, "up", "down") if up else (-self.gap, "down", "up")
+        back = (start - gap, f"half a decade {behind}")
         if len(tried) == 1:
-            return [down, up]
+            return [(start + gap, f"half a decade {ahead}"), back]
         if len(tried) != 2:
             return []
         first, second = _loss(tried[0]), _loss(tried[1])
         level = self.level * max(state.initial_loss - min(first, second), 0.0)
-        if tried[1].log_lr < start and second < first + level:
-            return [(start - 2.0 * self.gap, "down was no worse: further down"), up]
-        return [up]
+        if (tried[1].log_lr - start) * gap > 0 and second < first + level:
+            return [(start + 2.0 * gap, f"{ahead} was no worse: further {ahead}"), back]
+        return [back]
 
     def _reach(self, state: SearchState) -> LogSpace:
-        finished = [outcome for outcome in state.outcomes if outcome.status == "finished"]
-        if not finished or not self.near:
+        finished = [outcome.log_lr for outcome in state.outcomes if outcome.status == "finished"]
+        if not finished:
             return super()._reach(state)
-        return self.space.around(min(finished, key=_loss).log_lr, math.exp(self.near))
+        margin = _MARGIN * math.log(10.0)
+        low, high = max(min(finished) - margin, self.space.log_low), min(max(finished) + margin, self.space.log_high)
+        return LogSpace(math.exp(low), math.exp(high)) if low < high else self.space
 
     def _answer(self, posterior: Posterior, state: SearchState, optimum: float) -> tuple[float, str]:
-        finished = [outcome for outcome in state.outcomes if outcome.status == "finished"]
-        if not finished:
+        if self.usual is None:
             return optimum, "the answer"
-        best = min(outcome.loss for outcome in finished)
-        level = best + self.tie * max(state.initial_loss - best, 0.0)
-        highest = max(outcome.log_lr for outcome in finished if outcome.loss <= level)
-        if highest <= optimum:
-            return optimum, "the answer"
-        middle = 0.5 * (optimum + highest)
-        return (
-            middle,
-            f"half-way to {math.exp(highest):.3g}, which did as well within {self.tie:.0%} of a trial's progress",
-        )
+        grid = self._reach(state).grid(_GRID)
+        mean, _ = posterior.predict(grid, state.horizon_steps)
+        unsure = 1.0 + _LITTLE / max(progress_fraction(state), 1e-4)
+        decades = (grid - self.usual) / math.log(10.0)
+        answer = float(grid[int((mean + self.pull * unsure * decades.square()).argmin())])
+        return answer, f"{math.exp(answer):.3g} with the weight of what is usual, {math.exp(self.usual):.3g}"
 
 
 def _loss(outcome: Outcome) -> float:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """Linear warm-up, then linear decay to zero at progress 1, or a hold where the end is not known.
+    """Linear warm-up, a hold, then linear decay to zero at progress 1, or a hold for ever where the end is not known.
 
     Attributes:
         warmup: Share of the run that is warm-up.
         decay: Whether the rate falls to zero at progress 1; without it the peak is held.
         resolution: Progress of one update.
+        decay_from: Progress at which the decay begins; at the warm-up's end where that is later.
 
     The decay reaches zero only *after* the last update, so no update is made at rate 0.
 
@@ -35,6 +36,7 @@ class Shape:
     warmup: float = 0.02
     decay: bool = True
     resolution: float = 0.0
+    decay_from: float = 0.0
 
     def __call__(self, progress: float) -> float:
         """The share of the peak at ``progress``."""
@@ -45,7 +47,7 @@ class Shape:
             return 1.0
         # The last update's rate is that of its start, however far a time limit is overrun.
         left = max(1.0 - progress, self.resolution, 1e-6)
-        return min(1.0, left / (1.0 - self.warmup))
+        return min(1.0, left / (1.0 - max(self.warmup, self.decay_from)))
 
 
 @dataclass(frozen=True)

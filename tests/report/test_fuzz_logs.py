@@ -38,7 +38,8 @@ values = st.recursive(
 #: What a run of both controllers writes that the tiny run does not.
 MORE = [
     {"kind": "setup", "action": "begin", "numbers": {"controller": "AutoLRS", "lr_ratios": [1.0, 0.5],
-     "horizon": {"unit": "examples", "total": 9000.0, "updates": 140.0}, "shape": {"form": "linear", "warmup": 0.02}}},
+     "horizon": {"unit": "examples", "total": 9000.0, "updates": 140.0}, "shape": {"form": "linear", "warmup": 0.02,
+     "decay_from": 0.5}}},
     {"kind": "setup", "action": "set_batch", "numbers": {"batch_size": 16, "epoch_examples": 500, "scale_betas": True}},
     {"kind": "setup", "action": "replan", "step": 9, "numbers": {"total": 12000.0, "shape": {"form": "hold"}}},
     {"kind": "batch", "action": "grow", "step": 30, "numbers": {"batch_size": 64, "batch_before": 16, "lr_gain": 2.0}},

@@ -41,11 +41,38 @@ def test_about_equal_counts_as_downhill():
     assert search.recommend(state).log_lr < math.log(CENTRE) - HALF
 
 
-def test_of_equal_rates_the_middle():
-    search, state, _ = walked(lambda x: 2.0 + 1e-3 * abs(x - math.log(CENTRE) + 2.0 * HALF))
-    strict = BracketSearch(CENTRE, tie=0.0).recommend(state).log_lr
-    assert strict < math.log(CENTRE) - HALF
-    assert search.recommend(state).log_lr == pytest.approx(0.5 * (strict + math.log(CENTRE)))
+def test_the_walk_begins_towards_what_is_usual():
+    _, _, places = walked(lambda x: 3.0 - 0.1 * x, usual=1.0)
+    assert places == pytest.approx([0.0, 1.0, 2.0])
+    _, _, places = walked(lambda x: 3.0 + 0.2 * (x - math.log(1e-4)) ** 2, usual=1.0)
+    assert places == pytest.approx([0.0, 1.0, -1.0])
+
+
+def test_what_is_usual_decides_between_rates_that_do_equally_well():
+    """A level stretch: the answer goes to the usual rate as far as the bracket reaches, and no further."""
+    for usual, end in ((1e-3, -2.0), (1e-1, 2.0)):
+        search, state, places = walked(lambda x: 2.0 + 1e-4 * math.sin(9 * x), usual=usual)
+        assert places[-1] == pytest.approx(end)
+        assert search.recommend(state).log_lr == pytest.approx(math.log(usual), abs=0.4)
+    search, state, _ = walked(lambda x: 2.0, usual=1e-6)
+    assert -2.03 * HALF <= search.recommend(state).log_lr - math.log(CENTRE) <= -1.5 * HALF
+
+
+def test_trials_that_differ_outweigh_what_is_usual():
+    clear = lambda x: 2.0 + 0.5 * (x - math.log(CENTRE)) ** 2  # noqa: E731
+    search, state, _ = walked(clear, usual=0.1)
+    free = BracketSearch(CENTRE).recommend(state).log_lr
+    assert abs(search.recommend(state).log_lr - free) < 0.15 * math.log(10.0)
+
+
+def test_a_loss_that_has_hardly_moved_counts_less():
+    """The same trials in units of their progress, which is a hundredth of the loss and nine tenths of it."""
+    shape = lambda x: (x - math.log(CENTRE) + HALF) ** 2 / 10  # noqa: E731
+    answers = []
+    for floor, height in ((4.95, 0.05), (0.5, 4.5)):
+        search, state, _ = walked(lambda x: floor + height * shape(x), usual=1e-1)  # noqa: B023
+        answers.append(search.recommend(state).log_lr)
+    assert answers[0] > answers[1] + 0.1
 
 
 def test_never_above_the_highest_trial_that_finished():
@@ -71,7 +98,7 @@ def test_a_decade_off_is_found_again(kind):
         assert response.regret(answer.log_lr_trial_optimum, 100) <= max(0.5 * before, 0.05)
 
 
-@pytest.mark.parametrize("bad", [{"centre": 0.0}, {"gap": 0.0}, {"near": -1.0}, {"tie": -0.1}])
+@pytest.mark.parametrize("bad", [{"centre": 0.0}, {"gap": 0.0}, {"usual": 0.0}, {"pull": -0.1}])
 def test_bad_settings(bad):
     with pytest.raises(ConfigurationError, match="BracketSearch"):
         BracketSearch(**{"centre": CENTRE, **bad})

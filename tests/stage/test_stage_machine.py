@@ -51,7 +51,8 @@ class TestClock:
         starts, state = clock(StageMachine(first=first, growth=growth), ticks=300)
         assert state.end == 1.0
         assert starts == sorted(set(starts))
-        # No stage is left that would be shorter than half of its clock; the one before may have begun a tick late.
+        # No stage is left that would be shorter than half of its clock.
+        # A stage begins up to one tick late.
         assert 1.0 - starts[-1] >= 0.5 * first - 1.0 / 300 - 1e-9
 
     def test_without_an_end_stages_stop_growing(self):

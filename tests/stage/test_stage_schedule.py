@@ -29,6 +29,13 @@ class TestShape:
         for step in range(10, 100):
             assert shape(step / 100) == pytest.approx((100 - step) / 90)
 
+    def test_the_peak_is_held_until_the_decay_begins(self):
+        shape = Shape(warmup=0.1, resolution=0.01, decay_from=0.5)
+        assert [shape(step / 100) for step in (10, 30, 49, 50)] == [1.0] * 4
+        for step in range(50, 100):
+            assert shape(step / 100) == pytest.approx((100 - step) / 50)
+        assert Shape(warmup=0.2, decay_from=0.1)(0.5) == Shape(warmup=0.2)(0.5)
+
     def test_without_an_end_the_peak_is_held(self):
         shape = Shape(warmup=0.1, decay=False, resolution=0.01)
         assert [shape(progress) for progress in (0.1, 0.9, 1.5, 40.0)] == [1.0] * 4
