@@ -2,8 +2,9 @@
 
     python examples/benchmark/report.py --seeds 0 1            # prints the table, writes results/figures/*.png
 
-``ratio`` is a method's mean final validation loss over the lowest mean of any sweep configuration, both over the seeds
-given; only configurations that have every seed count. A sweep's own price stands beside it.
+``ratio`` is a method's mean final validation loss over that of the best sweep configuration: the one whose mean over
+all the seeds given is lowest, of those that have them all. Both means are over the seeds that the method was run on,
+whose number stands in the table.
 """
 
 from __future__ import annotations
@@ -105,9 +106,11 @@ def table(found: dict[str, Runs], seeds: list[int]) -> str:
     best = {w: best_of_sweep(runs, seeds) for w, runs in found.items()}
     scores: dict[str, dict[str, float]] = {name: {} for name in names}
     for workload, runs in found.items():
-        for name, loss in means(runs, seeds).items():
-            if name in scores:
-                scores[name][workload] = ratio(loss, best[workload][1])
+        for name in scores:
+            have = [seed for seed in seeds if seed in runs.get(name, {})]
+            if have:
+                reference = means(runs, have)[best[workload][0]]
+                scores[name][workload] = ratio(means(runs, have)[name], reference)
     names = [name for name in names if scores[name]]
     rows = [["workload", "best of sweep", *names]]
     for workload, (name, loss) in best.items():
@@ -116,12 +119,18 @@ def table(found: dict[str, Runs], seeds: list[int]) -> str:
     rows += [
         ["**geometric mean**", "1", *(f"**{geometric(list(scores[n].values())):.3f}**" for n in names)],
         ["worst", "1", *(f"{max(scores[n].values()):.2f}" for n in names)],
+        ["seeds", f"{len(seeds)}", *(_seeds(found, n, seeds) for n in names)],
         ["search / T", "", *(_cost(found, n) for n in names)],
         ["AutoLRS better", "", *(_beaten(found, n, seeds) for n in names)],
     ]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines)
+
+
+def _seeds(found: dict[str, Runs], name: str, seeds: list[int]) -> str:
+    counts = sorted({sum(seed in runs.get(name, {}) for seed in seeds) for runs in found.values()})
+    return " to ".join(str(count) for count in (counts if len(counts) < 3 else (counts[0], counts[-1])))
 
 
 def _order(name: str) -> tuple[bool, str]:
