@@ -23,7 +23,7 @@ from autotune.search.surrogate import SurrogatePrior
 from autotune.search.usual import cautious_lr, usual_lr
 from autotune.stage.machine import Probe
 from autotune.stage.policy import Leg, SearchPolicy
-from autotune.stage.schedule import TrialShape
+from autotune.stage.schedule import Shape, TrialShape
 from autotune.stage.settings import LRSettings
 
 if TYPE_CHECKING:
@@ -196,12 +196,22 @@ class LRSearches:
 
     def _answer(self, found: Recommendation, current: float | None) -> tuple[float, str, str]:
         lr = self._space_clip(math.exp(found.log_lr))
-        if current is None or self._settings.objective == "forecast":
+        if self._settings.objective == "forecast":
             return lr, "set_lr", found.reason
+        if current is None:
+            return self._opening(lr, found.reason)
         promised = f"{found.gap:.2f} +- {found.gap_sd:.2f} of a trial's progress"
         if math.isfinite(found.gap) and found.gap > max(_WORTH_CHANGING, found.gap_sd):
             return lr, "set_lr", f"a change promises {promised}: {found.reason}"
         return current, "keep_lr", f"a change promises only {promised}"
+
+    def _opening(self, lr: float, reason: str) -> tuple[float, str, str]:
+        """The first peak: the run's mean rate is to be that of the trial it rests on, which holds no peak."""
+        shape = self._run.plan.shape
+        if self._run.driver.scheduled or not shape.decay:
+            return lr, "set_lr", reason
+        share = Shape(warmup=0.0).mean / shape.mean
+        return self._space_clip(lr * share), "set_lr", f"{reason}, times {share:.2f} because the run holds its peak"
 
     def _fallback(self, result: SearchResult, current: float | None) -> tuple[float, str, str]:
         """Without a recommendation: the current rate, the best finished trial, a default by optimizer family."""

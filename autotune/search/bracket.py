@@ -7,11 +7,12 @@ The trials are at c and one gap towards w (down, where no w is known); then one 
 better or about equal, and at the other side of c if not; any more where the surrogate's lower confidence bound is
 lowest, within a gap of the best. "About equal" is within ``level`` of the progress the better of the two has made.
 
-The answer minimises, over the bracket, the surrogate's mean plus ``pull * (1 + 0.02 / f) * d^2``, where d is the
-distance from w in decades. The unit of the mean is the progress of the best trial, so at the default a decade weighs as
-much as a trial that is worse by a twentieth: where trials tell rates apart, they decide; on a level stretch, where they
-do not, and on a loss that has hardly moved, what is usual does. Almost half of the excess loss over the best rate came
-from such stretches, and a w half a decade off serves nearly as well (``examples/benchmark/FINDINGS.md``).
+The answer minimises, over the bracket, the surrogate's mean plus ``pull * (1 + (0.02 / f)^2) * d^2``, where d is the
+distance from w in decades. The unit of the mean is the progress of the best trial, so at the default a decade weighs
+as much as a trial that is worse by a twentieth: where trials tell rates apart, they decide; on a level stretch, where
+they do not, what is usual does; and where f is below 0.02 w itself is within reach, whatever the bracket. Almost half
+of the excess loss over the best rate came from such stretches, and a w half a decade off serves nearly as well
+(``examples/benchmark/FINDINGS.md``).
 
 Level stretches have two sides. A rate that is too high for a transformer takes its loss to the level of the bytes'
 frequencies and leaves it there, so that all rates above the edge end equal; in a valley with a level floor short trials
@@ -32,7 +33,7 @@ from autotune.search.surrogate import Posterior, SurrogatePrior
 
 _GRID = 81
 _MARGIN = 0.01  # decades by which an answer may lie outside the bracket: a range of one trial is one
-_LITTLE = 0.02  # progress, as a share of the starting loss, at which trials are believed half as much
+_LITTLE = 0.02  # progress, as a share of the starting loss, at which what is usual weighs twice as much
 
 
 class BracketSearch(LRSearch):
@@ -121,6 +122,8 @@ class BracketSearch(LRSearch):
         if not finished:
             return super()._reach(state)
         margin = _MARGIN * math.log(10.0)
+        if self.usual is not None and progress_fraction(state) < _LITTLE:
+            finished = [*finished, self.usual]
         low, high = max(min(finished) - margin, self.space.log_low), min(max(finished) + margin, self.space.log_high)
         return LogSpace(math.exp(low), math.exp(high)) if low < high else self.space
 
@@ -129,7 +132,7 @@ class BracketSearch(LRSearch):
             return optimum, "the answer"
         grid = self._reach(state).grid(_GRID)
         mean, _ = posterior.predict(grid, state.horizon_steps)
-        unsure = 1.0 + _LITTLE / max(progress_fraction(state), 1e-4)
+        unsure = 1.0 + (_LITTLE / max(progress_fraction(state), 1e-4)) ** 2
         decades = (grid - self.usual) / math.log(10.0)
         answer = float(grid[int((mean + self.pull * unsure * decades.square()).argmin())])
         return answer, f"{math.exp(answer):.3g} with the weight of what is usual, {math.exp(self.usual):.3g}"

@@ -49,6 +49,16 @@ class Shape:
         left = max(1.0 - progress, self.resolution, 1e-6)
         return min(1.0, left / (1.0 - max(self.warmup, self.decay_from)))
 
+    @property
+    def mean(self) -> float:
+        """Mean share of the peak over the run; 1 where the end is not known.
+
+        >>> round(Shape(warmup=0.0).mean, 3), round(Shape(warmup=0.0, decay_from=0.5).mean, 3)
+        (0.5, 0.75)
+        """
+        held_until = max(self.warmup, self.decay_from)
+        return 0.5 * (1.0 + held_until - self.warmup) if self.decay else 1.0
+
 
 @dataclass(frozen=True)
 class TrialShape:
