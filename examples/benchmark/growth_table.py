@@ -4,7 +4,8 @@
     python examples/benchmark/growth_table.py --seeds 10 11 12       # the table, at those rates
 
 All runs of a workload see the same number of examples and decay linearly to zero over them. The growing runs begin
-at the workload's own batch and at the best fixed one, each with the rate that was tuned for it. ``growth_rates.json`` keeps the tuned rates.
+at the workload's own batch and at the best fixed one, each with the rate that was tuned for it.
+``growth_rates.json`` keeps the tuned rates.
 """
 
 from __future__ import annotations
