@@ -76,8 +76,9 @@ def test_one_story(tmp_path, first):
         searched = any(d.kind == "search" and d.step == step for d in lrs.decisions)
         rolled = any(d.kind in ("rollback", "search", "stage") and d.step == step for d in lrs.decisions)
         if not (searched or rolled):
-            shape = model.rates[step] / model.rates[step - 1] / decision.numbers["lr_gain"]
-            assert shape == pytest.approx(1.0, abs=0.1)
+            scheduled = [min(1.0, 2.0 * (1.0 - sum(model.sizes[:at]) / 4800)) for at in (step - 1, step)]
+            expected = decision.numbers["lr_gain"] * scheduled[1] / scheduled[0]
+            assert model.rates[step] / model.rates[step - 1] == pytest.approx(expected, rel=0.1)
     asked = [d for d in lrs.decisions if "batch has grown" in d.reason or "batch has grown" in str(d.numbers)]
     assert asked
     # The shape's last update is at (nearly) zero, though there are far fewer updates than were planned.
