@@ -100,9 +100,10 @@ def geometric(values: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(v) for v in values))
 
 
-def table(found: dict[str, Runs], seeds: list[int]) -> str:
+def table(found: dict[str, Runs], seeds: list[int], only: list[str] | None = None) -> str:
     """Workloads down, methods across; below them geometric mean, worst ratio, cost, and pairs AutoLRS is better in."""
     names = sorted({m for runs in found.values() for m in runs if not m.startswith("sweep/")}, key=_order)
+    names = [name for name in names if only is None or name in only]
     best = {w: best_of_sweep(runs, seeds) for w, runs in found.items()}
     scores: dict[str, dict[str, float]] = {name: {} for name in names}
     for workload, runs in found.items():
@@ -197,12 +198,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--scale", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--methods", nargs="*", help="columns of the table (all)")
     parser.add_argument("--no-figures", action="store_true")
     options = parser.parse_args()
     found = load(options.results, options.scale, options.seeds)
     if not found:
         raise SystemExit(f"no results of the present workloads in {options.results}: run run.py first")
-    text = table(found, options.seeds)
+    text = table(found, options.seeds, options.methods)
     origins = sorted({tuple(r["origin"].values()) for runs in found.values() for by in runs.values()
                       for r in by.values() if "origin" in r})  # fmt: skip
     text += "\n\n" + "\n".join(" · ".join(origin) for origin in origins)
