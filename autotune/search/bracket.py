@@ -5,7 +5,8 @@ rate that is usual for the optimizer's family, f the share of the starting loss 
 
 The trials are at c and one gap towards w (down, where no w is known); then one further in that direction if that was
 better or about equal, and at the other side of c if not; any more where the surrogate's lower confidence bound is
-lowest, within a gap of the best. "About equal" is within ``level`` of the progress the better of the two has made.
+lowest, within a gap of the best. "About equal" is within ``level`` of the progress the better of the two has made, and
+within a tenth of it while w is further away than one and a half gaps: on a level stretch trials differ by as much.
 
 The answer minimises, over the bracket, the surrogate's mean plus ``pull * (1 + (0.02 / f)^2) * d^2``, where d is the
 distance from w in decades. The unit of the mean is the progress of the best trial, so at the default a decade weighs
@@ -33,6 +34,7 @@ from autotune.search.surrogate import Posterior, SurrogatePrior
 
 _GRID = 81
 _MARGIN = 0.01  # decades by which an answer may lie outside the bracket: a range of one trial is one
+_DOUBT = 0.1  # share of the progress within which trials are about equal far from what is usual
 _LITTLE = 0.02  # progress, as a share of the starting loss, at which what is usual weighs twice as much
 
 
@@ -112,7 +114,9 @@ class BracketSearch(LRSearch):
         if len(tried) != 2:
             return []
         first, second = _loss(tried[0]), _loss(tried[1])
-        level = self.level * max(state.initial_loss - min(first, second), 0.0)
+        far = self.usual is not None and abs(self.usual - start) > 1.5 * self.gap
+        equal = max(self.level, _DOUBT) if far else self.level
+        level = equal * max(state.initial_loss - min(first, second), 0.0)
         if (tried[1].log_lr - start) * gap > 0 and second < first + level:
             return [(start + 2.0 * gap, f"{ahead} was no worse: further {ahead}"), back]
         return [back]

@@ -48,6 +48,15 @@ def test_the_walk_begins_towards_what_is_usual():
     assert places == pytest.approx([0.0, 1.0, -1.0])
 
 
+def test_far_from_what_is_usual_a_tenth_is_about_equal():
+    """Above the edge the trials of a transformer differ by chance; the way to the usual rate is not left for that."""
+    level = lambda x: 3.02 if x > math.log(CENTRE) - 0.1 else 3.19 if x > math.log(CENTRE) - 1.5 * HALF else 2.95  # noqa: E731
+    search, state, places = walked(level, usual=CENTRE / 10)
+    assert places == pytest.approx([0.0, -1.0, -2.0])
+    assert search.recommend(state).log_lr < math.log(CENTRE) - 1.5 * HALF
+    assert walked(level, usual=CENTRE / 4)[2] == pytest.approx([0.0, -1.0, 1.0])
+
+
 def test_what_is_usual_decides_between_rates_that_do_equally_well():
     """A level stretch: the answer goes to the usual rate as far as the bracket reaches, and no further."""
     for usual, end in ((1e-3, -2.0), (1e-1, 2.0)):
