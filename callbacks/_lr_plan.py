@@ -13,8 +13,8 @@ from autotune.stage.machine import StageMachine, StageState
 from autotune.stage.schedule import Shape
 from autotune.stage.settings import LRSettings
 
-#: The peak is held for half of the run. A search that errs low then loses 5 to 20 % less than under a decay from the
-#: start, one that errs high 2 to 8 % more; at the best rate it is 1.5 % better (``examples/benchmark/FINDINGS.md``).
+#: The peak is held for half of the run. Half a decade below the best rate that gains 2 to 22 % over a decay from the
+#: start, at the best rate 1.5 %; above it, it mostly loses, up to 10 % (``examples/benchmark/FINDINGS.md``).
 DECAY_FROM = 0.5
 #: AutoLRS as published: stages double from 1000 steps to 8000, which makes 15000 until they stay.
 _PUBLISHED_FIRST, _PUBLISHED_LONGEST, _PUBLISHED_DOUBLING = 1000.0, 8000.0, 15000.0

@@ -71,7 +71,7 @@ def draw(run, place):
     _posterior(axes["posterior"], search)
     rate, size, noise = learning_rate(run), batch_size(run), noise_scale(run)
     axes["rate"].plot(rate.steps, rate.values, color=GREEN)
-    axes["rate"].set(title="3  Train: warm-up, decay to zero at the known end", ylabel="learning rate")
+    axes["rate"].set(title="3  Train: warm-up, hold, decay to zero at the known end", ylabel="learning rate")
     axes["batch"].step(size.steps, size.values, where="post", color=ORANGE, label="batch")
     axes["batch"].plot(noise.steps, noise.values, ":", color=GREY, label="noise scale")
     axes["batch"].set(title="4  Grow the batch with the gradient noise", ylabel="examples")
