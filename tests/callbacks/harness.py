@@ -284,6 +284,18 @@ Spy = type(
 )
 
 
+class Save(Callback):
+    """A checkpoint after so many batches."""
+
+    def __init__(self, path: Path, batches: int) -> None:
+        self.path, self.batches, self.count = path, batches, 0
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.count += 1
+        if self.count == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
 class PlayRates(Callback):
     """The ten-line callback: uses recorded rates, one list a real update."""
 

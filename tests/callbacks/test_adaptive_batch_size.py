@@ -16,6 +16,7 @@ from tests.batch.toys import (
     loader,
     validation,
 )
+from tests.callbacks.harness import Save
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -260,16 +261,6 @@ class Deep(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-class Save(L.Callback):
-    def __init__(self, path, batches):
-        self.path, self.batches, self.count = path, batches, 0
-
-    def on_train_batch_end(self, trainer, *_):
-        self.count += 1
-        if self.count == self.batches:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")

@@ -6,18 +6,9 @@ import torch
 
 from autotune.callbacks.adaptive_batch_size import AdaptiveBatchSize
 from tests.batch.toys import QUIET, Weighing, loader, validation
+from tests.callbacks.harness import Save
 
 pytestmark = [pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")]
-
-
-class Save(L.Callback):
-    def __init__(self, path, batches):
-        self.path, self.batches, self.count = path, batches, 0
-
-    def on_train_batch_end(self, trainer, *_):
-        self.count += 1
-        if self.count == self.batches:
-            trainer.save_checkpoint(self.path)
 
 
 class Scheduled(Weighing):

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from autotune.callbacks import AdaptiveBatchSize, AutoLRS
 from autotune.decision import read_decisions
 from tests.batch.toys import QUIET
+from tests.callbacks.harness import Save
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -90,16 +91,6 @@ def test_one_story(tmp_path, first):
     assert len(log) == len(lrs.decisions) + len(batch.decisions)
     assert {d.kind for d in log} >= {"setup", "search", "batch", "stage", "finish"}
     assert [d.step for d in log] == sorted(d.step for d in log)
-
-
-class Save(L.Callback):
-    def __init__(self, path, batches):
-        self.path, self.batches, self.count = path, batches, 0
-
-    def on_train_batch_end(self, trainer, *_):
-        self.count += 1
-        if self.count == self.batches:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.slow
