@@ -98,7 +98,11 @@ class LRSearches:
         if self._settings.objective == "forecast":
             return self._published_leg(whole if run.state.searches == 0 else run.left)
         if run.state.searches == 0:
-            return self.policy.first(whole - run.costs.spent, probe), whole - run.costs.spent
+            left = whole - run.costs.spent
+            usual = usual_lr(self._family())
+            known = usual is not None and self._space.contains(math.log(usual))
+            centred = known and self._settings.proposals != "grid"
+            return self.policy.first(left, probe, centred=centred), left
         left = min(run.left, whole)
         every = self._settings.search == "every_stage"
         leg = self.policy.later_leg(left, run.step, probe, at_any_length=every)
@@ -147,10 +151,14 @@ class LRSearches:
             return BracketSearch(current, self._space, candidates=leg.candidates, prior=_PRIOR)
         if self._settings.proposals == "grid":
             return self._grid(leg, before)
-        if before is not None and math.isfinite(before.log_lr):
-            centre = math.exp(before.log_lr_trial_optimum)
+        if leg.walk:
             usual = usual_lr(self._family())
-            return BracketSearch(centre, self._space, candidates=leg.candidates, usual=usual, prior=_PRIOR)
+            # Where the short trials got nowhere, longer ones at what is usual say more than a second look everywhere.
+            found = before is not None and math.isfinite(before.log_lr)
+            centre = math.exp(before.log_lr_trial_optimum) if before is not None and found else usual
+            if centre is not None:
+                centre = self._space_clip(centre)
+                return BracketSearch(centre, self._space, candidates=leg.candidates, usual=usual, prior=_PRIOR)
         tried = [lr for lr in _FIRST_TRIED if self._space.low <= lr <= self._space.high]
         return LRSearch(
             self._space, candidates=leg.candidates, initial_points=tried or None, min_progress=0.0, prior=_PRIOR

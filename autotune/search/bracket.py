@@ -8,10 +8,10 @@ better or about equal, and at the other side of c if not; any more where the sur
 lowest, within a gap of the best. "About equal" is within ``level`` of the progress the better of the two has made, and
 within a tenth of it while w is further away than one and a half gaps: on a level stretch trials differ by as much.
 
-The answer minimises, over the bracket, the surrogate's mean plus ``pull * (1 + (0.02 / f)^2) * d^2``, where d is the
+The answer minimises, over the bracket, the surrogate's mean plus ``pull * (1 + (0.05 / f)^2) * d^2``, where d is the
 distance from w in decades. The unit of the mean is the progress of the best trial, so at the default a decade weighs
 as much as a trial that is worse by a twentieth: where trials tell rates apart, they decide; on a level stretch, where
-they do not, what is usual does; and where f is below 0.02 w itself is within reach, whatever the bracket. Almost half
+they do not, what is usual does; and where f is below 0.05 w itself is within reach, whatever the bracket. Almost half
 of the excess loss over the best rate came from such stretches, and a w half a decade off serves nearly as well
 (``examples/benchmark/FINDINGS.md``).
 
@@ -24,18 +24,20 @@ drift between horizons, which the surrogate learns too, is not used: it did not 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from autotune.errors import ConfigurationError
 from autotune.search.acquisition import Proposal, propose
 from autotune.search.optimizer import LRSearch
 from autotune.search.space import LogSpace
-from autotune.search.state import Outcome, SearchState, progress_fraction
-from autotune.search.surrogate import Posterior, SurrogatePrior
+from autotune.search.state import NOTHING, Outcome, Recommendation, SearchState, progress_fraction
+from autotune.search.surrogate import Posterior, Surrogate, SurrogatePrior
 
 _GRID = 81
 _MARGIN = 0.01  # decades by which an answer may lie outside the bracket: a range of one trial is one
 _DOUBT = 0.1  # share of the progress within which trials are about equal far from what is usual
-_LITTLE = 0.02  # progress, as a share of the starting loss, at which what is usual weighs twice as much
+_HARM = 0.1  # above the starting loss, as a share of it, at which a trial has done clear harm
+_LITTLE = 0.05  # progress, as a share of the starting loss, at which what is usual weighs twice as much
 
 
 class BracketSearch(LRSearch):
@@ -121,15 +123,30 @@ class BracketSearch(LRSearch):
             return [(start + 2.0 * gap, f"{ahead} was no worse: further {ahead}"), back]
         return [back]
 
+    def _without_progress(self, state: SearchState, fitted: Surrogate, fraction: float) -> Recommendation:
+        finished = any(outcome.status == "finished" for outcome in state.outcomes)
+        if self.usual is None or state.current_log_lr is not None or not finished:
+            return super()._without_progress(state, fitted, fraction)
+        log_lr = self.space.clip(min(self.usual, self._ceiling(state)))
+        reason = f"no trial ended below the starting loss: {math.exp(log_lr):.3g}, by what is usual for the optimizer"
+        return replace(NOTHING, log_lr_trial_optimum=log_lr, log_lr=log_lr, progress_fraction=fraction, reason=reason)
+
     def _reach(self, state: SearchState) -> LogSpace:
         finished = [outcome.log_lr for outcome in state.outcomes if outcome.status == "finished"]
         if not finished:
             return super()._reach(state)
         margin = _MARGIN * math.log(10.0)
         if self.usual is not None and progress_fraction(state) < _LITTLE:
-            finished = [*finished, self.usual]
+            finished = [*finished, min(self.usual, self._ceiling(state))]
         low, high = max(min(finished) - margin, self.space.log_low), min(max(finished) + margin, self.space.log_high)
         return LogSpace(math.exp(low), math.exp(high)) if low < high else self.space
+
+    def _ceiling(self, state: SearchState) -> float:
+        """A gap below the lowest log learning rate that exploded or did clear harm: as far as what is usual may go."""
+        limit = state.initial_loss + _HARM * abs(state.initial_loss)
+        harmful = [o for o in state.outcomes if o.status == "diverged" or not o.loss <= limit]
+        exploded = [o for o in state.history if o.status == "diverged"]
+        return min((o.log_lr for o in (*harmful, *exploded)), default=math.inf) - self.gap
 
     def _answer(self, posterior: Posterior, state: SearchState, optimum: float) -> tuple[float, str]:
         if self.usual is None:

@@ -5,6 +5,9 @@ the decade, and costs next to nothing. The fine one walks from there on trials a
 few long trials say more of a whole run than many short ones. Both teach one surrogate. What remains pays for
 probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a run ranks
 rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
+
+A run that is too short for both legs (below some 600 updates) begins with the fine one, at what is usual for its
+optimizer: trials of three steps in one of eight tell less than that.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ class Leg:
     Attributes:
         candidates: How many.
         steps: Optimizer steps of each.
+        walk: Whether they walk from a centre instead of looking everywhere.
     """
 
     candidates: int
     steps: int
+    walk: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,30 +62,37 @@ class SearchPolicy:
         """What one probe may cost in steps."""
         return self.probe_share * budget
 
-    def first(self, budget: float, probe: float) -> list[Leg]:
-        """The legs of the first search; none where the budget does not pay for three trials.
+    def first(self, budget: float, probe: float, *, centred: bool = True) -> list[Leg]:
+        """The legs of the first search; none where the budget does not pay for two trials.
 
         Args:
             budget: Optimizer steps that searching may cost in the whole run.
             probe: Steps one probe costs (one before the search, one after each trial).
+            centred: Whether there is a rate to walk from without a coarse leg.
 
         >>> SearchPolicy().first(200.0, 1.0)
-        [Leg(candidates=6, steps=6), Leg(candidates=3, steps=44)]
-        >>> SearchPolicy().first(5.0, 1.0)
-        []
+        [Leg(candidates=6, steps=6, walk=False), Leg(candidates=3, steps=44, walk=True)]
+        >>> SearchPolicy().first(40.0, 1.0), SearchPolicy().first(5.0, 1.0)
+        ([Leg(candidates=3, steps=8, walk=True)], [])
         """
         left = (1.0 - self.reserve) * budget - probe
         steps = max(self.shortest_coarse, round(self.coarse_trial * budget))
-        candidates = min(self.coarse, int(left / (steps + probe)))
-        if candidates < 3:
+        coarse = Leg(min(self.coarse, int(left / (steps + probe))), steps)
+        fine = self._fine(left - coarse.candidates * (steps + probe), budget, probe, 2 * steps)
+        if centred and (fine is None or fine.candidates < self.fine):
+            alone = self._fine(left, budget, probe, self.shortest_fine)
+            if alone is not None and alone.candidates > 1:
+                return [alone]
+        if coarse.candidates < 3:
             return []
-        coarse = Leg(candidates, steps)
-        left -= candidates * (steps + probe)
+        return [coarse] if fine is None else [coarse, fine]
+
+    def _fine(self, left: float, budget: float, probe: float, shortest: int) -> Leg | None:
         for count in range(self.fine, 0, -1):
             steps = int(min(self.fine_trial * budget, left / count - probe))
-            if steps >= max(self.shortest_fine, 2 * coarse.steps):
-                return [coarse, Leg(count, steps)]
-        return [coarse]
+            if steps >= max(self.shortest_fine, shortest):
+                return Leg(count, steps, walk=True)
+        return None
 
     def later_leg(self, left: float, done: int, probe: float, *, at_any_length: bool = False) -> Leg | None:
         """A later search's leg; None where trials long enough to be fair cannot be paid.

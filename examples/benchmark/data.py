@@ -162,4 +162,18 @@ def pixels(index: int = 0, noise: float = 0.05) -> tuple[TensorBatches, TensorBa
     return _pair(x[order], y[order, None].astype(np.float32), 448)
 
 
-SOURCES = {f.__name__: f for f in (stdlib_bytes, mnist1d, digits, friedman, parity, pixels)}
+@functools.cache
+def ratings(
+    train: int = 12_000, rows: int = 300, columns: int = 200, rank: int = 5, noise: float = 0.3
+) -> tuple[TensorBatches, TensorBatches]:
+    """Noisy entries of a matrix of low rank, as (row, column) -> value; 2000 held out."""
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((rows, rank)), rng.standard_normal((columns, rank))
+    total = train + 2000
+    i, j = rng.integers(0, rows, total), rng.integers(0, columns, total)
+    y = (left[i] * right[j]).sum(1) / 2.0 + noise * rng.standard_normal(total)
+    x, y = torch.from_numpy(np.stack([i, j], 1)), torch.from_numpy(y.astype(np.float32))[:, None]
+    return TensorBatches(x[:train], y[:train]), TensorBatches(x[train:], y[train:])
+
+
+SOURCES = {f.__name__: f for f in (stdlib_bytes, mnist1d, digits, friedman, parity, pixels, ratings)}

@@ -1,24 +1,27 @@
 """Batch growth at equal examples: every fixed batch at its own tuned rate, the published norm test, and our rule.
 
     python examples/benchmark/growth_table.py --tune                 # rates for each batch, on seeds 0 and 1
-    python examples/benchmark/growth_table.py --seeds 10 11 12       # the table, at those rates
+    python examples/benchmark/growth_table.py --seeds 10 11 12       # the table, at those rates; can be resumed
 
-All runs of a workload see the same number of examples and decay linearly to zero over them. The growing runs begin
-at the workload's own batch and at the best fixed one, each with the rate that was tuned for it.
-``growth_rates.json`` keeps the tuned rates.
+All runs of a workload see the same number of examples and decay linearly to zero over them. Our growing runs begin
+at the workload's own batch and at the best fixed one, the published rules' at the workload's own, each with the rate
+that was tuned for it. A cell is the loss over that of the best fixed batch, and the updates saved against the fixed
+batch that the run begins with. ``growth_rates.json`` keeps the tuned rates.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import math
+import statistics
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +30,39 @@ sys.path.insert(0, str(HERE))
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
-from data import as_is  # noqa: E402
-from run import validation_loss  # noqa: E402
+from data import TensorBatches, as_is  # noqa: E402
+from report import WORST, geometric  # noqa: E402
+from run import RESULTS, keep, origin, path_of, validation_loss, work  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from workloads import SUITE, Task, Workload  # noqa: E402
 
 from autotune.callbacks import AdaptiveBatchSize  # noqa: E402
+from autotune.errors import AutotuneError  # noqa: E402
 
 RATES = HERE / "growth_rates.json"
-NAMES = ("cnn_sgd", "friedman_sgd", "label_noise", "saturating", "parity_bn", "autoencoder")
 #: Fixed batches, in units of the workload's own.
 FACTORS = (0.5, 1, 2, 4, 8)
-CONTENDERS: dict[str, dict[str, Any]] = {
-    "noise_scale (default)": {},
-    "norm test as published": {"rule": "norm", "lr_scaling": "none"},
-}
-FIRST_GUESS = {"SGD": 0.1, "AdamW": 0.01}
+MOST = 16  # max_batch_size of the growing runs, in units of the batch they begin with
+FIRST_GUESS = {"SGD": 0.1, "AdamW": 0.01, "RMSprop": 0.003}
+_PUBLISHED = ("norm", "inner_product", "augmented", "coordinate")
+
+
+def training_set(workload: Workload) -> TensorBatches:
+    """The workload's own, or where its steps are less than an epoch a part of it that they make one of."""
+    train, examples = workload.sets()[0], workload.steps * workload.batch_size
+    if len(train) <= examples:
+        return train
+    return TensorBatches(*train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:examples]])
 
 
 def epochs_of(workload: Workload) -> int:
     """As many as come nearest to the suite's own number of examples."""
-    return max(1, round(workload.steps * workload.batch_size / len(workload.sets()[0])))
+    return max(1, round(workload.steps * workload.batch_size / len(training_set(workload))))
 
 
 def fixed(workload: Workload, batch: int, lr: float, seed: int) -> tuple[float, int]:
     """Final validation loss and updates of a plain loop at one batch; infinite where it explodes."""
-    task, train = workload.build(seed, lr), workload.sets()[0]
+    task, train = workload.build(seed, lr), training_set(workload)
     optimizer = task.plain_optimizer()
     generator = torch.Generator().manual_seed(2000 + seed)
     updates = epochs_of(workload) * math.ceil(len(train) / batch)
@@ -64,6 +74,8 @@ def fixed(workload: Workload, batch: int, lr: float, seed: int) -> tuple[float, 
             optimizer.zero_grad()
             loss = task.loss(train.__getitems__(rows))
             loss.backward()
+            if workload.clip is not None:
+                torch.nn.utils.clip_grad_norm_(task.parameters(), workload.clip)
             optimizer.step()
             done += 1
         if not math.isfinite(float(loss)):
@@ -94,13 +106,14 @@ def grown(
 
     ``length`` is the workload whose number of examples counts, where the starting batch is another.
     """
-    task, train = workload.build(seed, lr), workload.sets()[0]
+    task, train = workload.build(seed, lr), training_set(workload)
     generator = torch.Generator().manual_seed(2000 + seed)
     loader = DataLoader(train, workload.batch_size, shuffle=True, generator=generator, collate_fn=as_is)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             max_epochs=epochs_of(length or workload), callbacks=[callback], accelerator="cpu", logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+            gradient_clip_val=workload.clip, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=folder,
         )  # fmt: skip
         trainer.fit(Decayed(task, task.plain_optimizer()), loader)
     return validation_loss(task, list(workload.val_loader())), trainer.global_step
@@ -122,77 +135,155 @@ def tuned(workload: Workload, batch: int, guess: float, seeds: list[int]) -> tup
     return guess * 2.0**best, seen[best]
 
 
-def tune(names: list[str], seeds: list[int]) -> None:
-    """Writes a rate for each batch of each workload."""
-    found: dict[str, Any] = json.loads(RATES.read_text()) if RATES.exists() else {}
+def tune(name: str, seeds: list[int], rates: Path) -> str:
+    """Writes a rate for each batch of one workload."""
+    _quiet()
+    workload = SUITE[name]
+    guess, found = FIRST_GUESS[workload.optimizer], {}
+    for factor in reversed(FACTORS):
+        batch = int(factor * workload.batch_size)
+        guess, _ = tuned(workload, batch, guess, seeds)
+        found[str(batch)] = guess
+    keep(rates.with_name(f"{rates.stem}-{name}.json"), found)
+    return f"{name}: {found}"
+
+
+def gather(rates: Path) -> None:
+    """Puts what :func:`tune` wrote into one file, in the suite's order."""
+    found: dict[str, Any] = json.loads(rates.read_text()) if rates.exists() else {}
+    for file in rates.parent.glob(f"{rates.stem}-*.json"):
+        found[file.stem.removeprefix(f"{rates.stem}-")] = json.loads(file.read_text())
+        file.unlink()
+    keep(rates, {name: found[name] for name in SUITE if name in found})
+
+
+def contenders(workload: Workload, best: int) -> list[tuple[str, int]]:
+    """Rule and first batch of every growing run: ours from the suite's batch and the best one, the published from the
+    suite's."""
+    firsts = dict.fromkeys((workload.batch_size, best))
+    return [("noise_scale", first) for first in firsts] + [(rule, workload.batch_size) for rule in _PUBLISHED]
+
+
+def one(name: str, rule: str, batch: int, seed: int, folder: Path) -> str:
+    """One run, its batch ``"fixed"`` or grown by a rule; the result goes to disk."""
+    _quiet()
+    workload, lr, began = SUITE[name], _rates()[name][str(batch)], time.perf_counter()
+    if rule == "fixed":
+        loss, updates = fixed(workload, batch, lr, seed)
+    else:
+        options: dict[str, Any] = {} if rule == "noise_scale" else {"rule": rule, "lr_scaling": "none"}
+        callback = AdaptiveBatchSize(max_batch_size=MOST * batch, **options)
+        try:
+            loss, updates = grown(dataclasses.replace(workload, batch_size=batch), callback, lr, seed, workload)
+        except (AutotuneError, RuntimeError) as error:
+            keep(place(folder, workload, rule, batch, seed), {"error": repr(error)[:500], "origin": origin()})
+            return f"{name} {rule} {batch} s{seed}: {error!r}"
+    result = {
+        "workload": name, "rule": rule, "batch": batch, "lr": lr, "seed": seed, "loss": loss, "updates": updates,
+        "seconds": time.perf_counter() - began, "origin": origin(),
+    }  # fmt: skip
+    keep(place(folder, workload, rule, batch, seed), result)
+    return f"{name} {rule} {batch} s{seed}: {loss:.4g}"
+
+
+def place(folder: Path, workload: Workload, rule: str, batch: int, seed: int) -> Path:
+    """Where a run's result lies."""
+    return path_of(folder / "growth", workload, f"{rule}/{batch}", seed)
+
+
+def read(folder: Path, name: str, rule: str, batch: int, seeds: list[int]) -> tuple[float, float] | None:
+    """Mean loss (infinite where a run diverged) and updates; None where a run is missing or was refused."""
+    files = [place(folder, SUITE[name], rule, batch, seed) for seed in seeds]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    if len(results) < len(seeds) or any("error" in result for result in results):
+        return None
+    losses = [loss if math.isfinite(loss := result["loss"]) else math.inf for result in results]
+    return statistics.fmean(losses), statistics.fmean(result["updates"] for result in results)
+
+
+def best_of(folder: Path, name: str, seeds: list[int]) -> tuple[int, tuple[float, float]] | None:
+    """The fixed batch with the lowest mean loss, and its loss and updates."""
+    sweep = {int(batch): read(folder, name, "fixed", int(batch), seeds) for batch in _rates()[name]}
+    whole = {batch: figures for batch, figures in sweep.items() if figures is not None}
+    return min(whole.items(), key=lambda pair: pair[1][0]) if len(whole) == len(sweep) else None
+
+
+def table(names: list[str], seeds: list[int], folder: Path) -> str:
+    """Loss of every contender over the best fixed batch's, and the updates it saved."""
+    heads = ["workload (best fixed batch)", "ours from that batch", "ours from the suite's", *_PUBLISHED]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    scores: dict[str, list[tuple[float, float]]] = {head: [] for head in heads[1:]}
     for name in names:
-        workload = SUITE[name]
-        guess, found[name] = FIRST_GUESS[workload.optimizer], {}
-        for factor in reversed(FACTORS):
-            batch = int(factor * workload.batch_size)
-            guess, loss = tuned(workload, batch, guess, seeds)
-            found[name][str(batch)] = guess
-            print(f"{name:14s} batch {batch:5d}  lr {guess:8.5f}  loss {loss:.5f}", flush=True)
-        RATES.write_text(json.dumps(found, indent=1) + "\n")
+        if name not in _rates() or (found := best_of(folder, name, seeds)) is None:
+            continue
+        best, (loss, updates) = found
+        start = SUITE[name].batch_size
+        own = read(folder, name, "fixed", start, seeds) or (math.nan, math.nan)
+        runs = [("noise_scale", best), ("noise_scale", start), *((rule, start) for rule in _PUBLISHED)]
+        cells = []
+        for head, (rule, first) in zip(heads[1:], runs, strict=True):
+            seen = read(folder, name, rule, first, seeds)
+            if seen is None:
+                cells.append("")
+                continue
+            base = updates if first == best else own[1]
+            scores[head].append((min(seen[0] / loss, WORST), 1.0 - seen[1] / base))
+            cells.append(f"{scores[head][-1][0]:.3f}, {scores[head][-1][1]:.0%}")
+        lines.append(f"| {name} ({best}) | {' | '.join(cells)} |")
+    for title, value in (("geometric mean; mean saved", _overall), ("worst; least saved", _worst)):
+        lines.append(f"| {title} | {' | '.join(value(scores[head]) for head in heads[1:])} |")
+    return "\n".join(lines)
 
 
-def table(names: list[str], seeds: list[int]) -> None:
-    """Prints loss and updates of each contender, as shares of the best fixed batch's."""
-    ratios: dict[str, list[float]] = {}
-    for name in names:
-        workload, rates = SUITE[name], json.loads(RATES.read_text())[name]
-        start = workload.batch_size
-        sweep = {int(b): _mean(fixed(workload, int(b), lr, s) for s in seeds) for b, lr in rates.items()}
-        best = min(sweep, key=lambda batch: sweep[batch][0])
-        print(f"\n{name}: {epochs_of(workload)} epochs of {len(workload.sets()[0])} examples")
-        for batch, (loss, updates) in sweep.items():
-            _row(f"fixed {batch}, lr {rates[str(batch)]:.4g}", loss, updates, sweep[best], sweep[batch])
-        for first in sorted({start, best}, reverse=True):
-            for title, kwargs in CONTENDERS.items():
-                if title == "norm test as published" and first != start:
-                    continue
-                own = dataclasses.replace(workload, batch_size=first)
-                runs = (
-                    grown(
-                        own, AdaptiveBatchSize(max_batch_size=16 * first, **kwargs), rates[str(first)], seed, workload
-                    )
-                    for seed in seeds
-                )
-                loss, updates = _mean(runs)
-                _row(f"{title} from {first}", loss, updates, sweep[best], sweep[first])
-                label = f"{title} from {'the suite batch' if first == start else 'the best batch'}"
-                ratios.setdefault(label, []).append(loss / sweep[best][0])
-                if first == start == best:
-                    ratios.setdefault(f"{title} from the best batch", []).append(loss / sweep[best][0])
-    print()
-    for label, values in ratios.items():
-        print(f"{label}: geometric mean of loss ratios {math.exp(sum(map(math.log, values)) / len(values)):.3f}")
+def _overall(scores: list[tuple[float, float]]) -> str:
+    if not scores:
+        return ""
+    return f"{geometric([ratio for ratio, _ in scores]):.3f}, {statistics.fmean(saved for _, saved in scores):.0%}"
 
 
-def _mean(runs: Iterable[tuple[float, int]]) -> tuple[float, float]:
-    losses, updates = zip(*runs, strict=True)
-    return sum(losses) / len(losses), sum(updates) / len(updates)
+def _worst(scores: list[tuple[float, float]]) -> str:
+    return f"{max(ratio for ratio, _ in scores):.3f}, {min(saved for _, saved in scores):.0%}" if scores else ""
 
 
-def _row(title: str, loss: float, updates: float, best: tuple[float, float], own: tuple[float, float]) -> None:
-    saved = f"saved {1 - updates / best[1]:5.0%} of best's, {1 - updates / own[1]:4.0%} of start's"
-    ratios = f"{loss / best[0]:5.3f} of best, {loss / own[0]:5.3f} of start"
-    print(f"  {title:32s} loss {loss:.5f} ({ratios})  updates {updates:5.0f} ({saved})", flush=True)
+def _rates() -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads(RATES.read_text())
+    return found
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="*", default=list(NAMES), choices=list(SUITE))
+    parser.add_argument("--workloads", nargs="*", default=list(SUITE), choices=list(SUITE))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--tune", action="store_true", help="find the rates on --seeds and stop")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if args.tune:
-        tune(args.workloads, args.seeds)
-    else:
-        table(args.workloads, args.seeds)
+        names = [name for name in args.workloads if not RATES.with_name(f"{RATES.stem}-{name}.json").exists()]
+        work(functools.partial(tune, seeds=args.seeds, rates=RATES), [(name,) for name in names], args.workers)
+        gather(RATES)
+        return
+    names = [name for name in args.workloads if name in _rates()]
+    call = functools.partial(one, folder=args.results)
+    sweeps = [(n, "fixed", int(batch), seed) for n in names for batch in _rates()[n] for seed in args.seeds]
+    work(call, _missing(sweeps, args.results), args.workers)
+    growing = [
+        (name, rule, first, seed) for name in names if (found := best_of(args.results, name, args.seeds)) is not None
+        for rule, first in contenders(SUITE[name], found[0]) for seed in args.seeds
+    ]  # fmt: skip
+    work(call, _missing(growing, args.results), args.workers)
+    print(table(names, args.seeds, args.results))
+
+
+def _missing(jobs: list[tuple[str, str, int, int]], folder: Path) -> list[tuple[str, str, int, int]]:
+    return [(n, *rest) for n, *rest in jobs if not place(folder, SUITE[n], *rest).exists()]
 
 
 if __name__ == "__main__":

@@ -154,4 +154,17 @@ class AutoEncoder(nn.Module):
         return self.decode(self.encode(x))
 
 
-NETWORKS = {c.__name__: c for c in (GPT, Recurrent, PatchTransformer, Conv, ResConv, MLP, AutoEncoder)}
+class Factors(nn.Module):
+    """(batch, 2) row and column -> (batch, 1) scalar product of their factors, which begin near zero: at a saddle."""
+
+    def __init__(self, rows: int = 300, columns: int = 200, width: int = 16, scale: float = 0.1) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Embedding(rows, width), nn.Embedding(columns, width)
+        for factor in (self.rows, self.columns):
+            nn.init.normal_(factor.weight, 0.0, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.rows(x[:, 0]) * self.columns(x[:, 1])).sum(-1, keepdim=True)
+
+
+NETWORKS = {c.__name__: c for c in (GPT, Recurrent, PatchTransformer, Conv, ResConv, MLP, AutoEncoder, Factors)}

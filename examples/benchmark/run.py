@@ -11,6 +11,7 @@ again, everything else is kept. ``report.py`` reads the folder.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -138,17 +140,21 @@ def path_of(folder: Path, workload: Workload, name: str, seed: int) -> Path:
 
 def job(name: str, workload: Workload, seed: int, folder: Path) -> str:
     """One run in a worker: its result, or why there is none, goes to disk whole or not at all."""
-    target = path_of(folder, workload, name, seed)
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         result = run_one(name, workload, seed)
     except Exception as error:
         # A rival that crashes (a finder on a loss that is not finite, say) has lost, and the table says why.
         result = {"workload": workload.name, "method": name, "seed": seed, "loss": None, "error": repr(error)[:500]}
+    keep(path_of(folder, workload, name, seed), result)
+    return f"{workload.name} {name} s{seed}: {result['loss']}"
+
+
+def keep(target: Path, result: dict[str, Any]) -> None:
+    """Writes a result, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(json.dumps(result))
     draft.replace(target)
-    return f"{workload.name} {name} s{seed}: {result['loss']}"
 
 
 def top(folder: Path, workload: Workload, count: int, seeds: tuple[int, ...] = (0, 1)) -> list[str]:
@@ -200,16 +206,17 @@ def main() -> None:
         if not path_of(options.results, load, name, seed).exists()
     ]  # fmt: skip
     random.Random(0).shuffle(jobs)  # so that an interrupted night has a bit of everything
-    _work(jobs, options.results, options.workers)
+    work(functools.partial(job, folder=options.results), jobs, options.workers)
 
 
-def _work(jobs: list[tuple[str, Workload, int]], folder: Path, workers: int) -> None:
+def work(call: Callable[..., str], jobs: Sequence[tuple[Any, ...]], workers: int) -> None:
+    """``call(*job)`` for every job, in so many processes, under a progress bar that shows what the last one said."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         shown = bar.add_task("benchmark", total=len(jobs))
-        running = {pool.submit(job, *one, folder) for one in jobs}
+        running = {pool.submit(call, *one) for one in jobs}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:

@@ -196,5 +196,12 @@ SUITE: dict[str, Workload] = {
         _W("deep_rmsprop", "friedman", "MLP", "mse", "RMSprop", 5000, 32, data={"train": 4000, "noise": 0.5},
            shape={"inputs": 10, "outputs": 1, "width": 48, "depth": 5, "activation": "tanh"},
            gpu={"shape": {"width": 1024}, "steps": 20000}),
+        # The next two came of workloads outside the suite on which the policy failed: no short trial lowers their loss.
+        _W("factors_adamw", "ratings", "Factors", "mse", "AdamW", 2500, 128,
+           gpu={"shape": {"width": 512}, "steps": 10000}),
+        _W("gpt_finetune", "stdlib_bytes", "GPT", "cross_entropy", "AdamW", 1500, 8,
+           data={"context": 32, "part": "[s-z]*"}, shape={"width": 32, "context": 32},
+           pretrain={"data": {"context": 32, "part": "[a-m]*"}, "steps": 1500, "lr": 3e-3},
+           gpu={"shape": {"width": 512, "layers": 8, "heads": 8}, "batch_size": 128, "steps": 4000}),
     )
 }  # fmt: skip

@@ -67,6 +67,20 @@ def test_what_is_usual_decides_between_rates_that_do_equally_well():
     assert -2.03 * HALF <= search.recommend(state).log_lr - math.log(CENTRE) <= -1.5 * HALF
 
 
+def test_what_is_usual_is_the_answer_where_no_trial_helps():
+    """A saddle, or a model that was trained before: short trials do nothing, or harm that a whole run makes good."""
+    for loss in (5.0, 5.001):
+        search, state, _ = walked(lambda x: loss, usual=3e-3)  # noqa: B023
+        found = search.recommend(state)
+        assert math.exp(found.log_lr) == pytest.approx(3e-3)
+        assert "usual" in found.reason
+    # Not above what exploded, and a single trial that helped by next to nothing does not outweigh it.
+    search, state, _ = walked(lambda x: 5.0 if x < math.log(CENTRE) - 0.1 else None, usual=2.0 * CENTRE)
+    assert math.exp(search.recommend(state).log_lr) == pytest.approx(CENTRE / 10**0.5)
+    search, state, _ = walked(lambda x: 4.999 if x < math.log(CENTRE) - 0.1 else 5.1, usual=CENTRE)
+    assert math.exp(search.recommend(state).log_lr) == pytest.approx(CENTRE, rel=0.2)
+
+
 def test_trials_that_differ_outweigh_what_is_usual():
     clear = lambda x: 2.0 + 0.5 * (x - math.log(CENTRE)) ** 2  # noqa: E731
     search, state, _ = walked(clear, usual=0.1)

@@ -79,14 +79,15 @@ class TestBudget:
 class TestPolicy:
     """Whatever the shares are: what is planned can be paid."""
 
-    @given(st.floats(0.0, 1e5), st.floats(0.0, 20.0))
-    def test_first_search_fits_in(self, budget, probe):
-        legs = SearchPolicy().first(budget, probe)
+    @given(st.floats(0.0, 1e5), st.floats(0.0, 20.0), st.booleans())
+    def test_first_search_fits_in(self, budget, probe, centred):
+        legs = SearchPolicy().first(budget, probe, centred=centred)
         cost = probe + sum(leg.candidates * (leg.steps + probe) for leg in legs)
         assert not legs or cost <= budget * (1 + 1e-9)
         assert all(leg.candidates >= 1 and leg.steps >= 1 for leg in legs)
         assert [leg.steps for leg in legs] == sorted(leg.steps for leg in legs)
-        assert not legs or legs[0].candidates >= 3
+        assert not legs or legs[0].candidates >= (2 if legs[0].walk else 3)
+        assert not legs or not legs[0].walk or (centred and len(legs) == 1)
 
     @given(st.floats(0.0, 1e5), st.integers(0, 10**6), st.floats(0.0, 20.0), st.booleans())
     def test_later_search_fits_in(self, left, done, probe, anyhow):
@@ -97,3 +98,10 @@ class TestPolicy:
         legs = SearchPolicy().first(1000.0, 1.0)
         assert len(legs) == 2
         assert legs[1].steps > 2 * legs[0].steps
+
+    def test_a_small_budget_goes_into_trials_around_what_is_usual(self):
+        """Where there is one: else most of it pays for six trials of three steps, and the rest for a single one."""
+        (leg,) = SearchPolicy().first(36.0, 4 / 3)
+        assert (leg.candidates, leg.steps, leg.walk) == (3, 8, True)
+        coarse, fine = SearchPolicy().first(40.0, 4 / 3, centred=False)
+        assert (coarse.candidates, coarse.steps, fine.candidates) == (6, 3, 1)
