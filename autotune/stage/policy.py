@@ -89,7 +89,7 @@ class SearchPolicy:
 
     def _fine(self, left: float, budget: float, probe: float, shortest: int) -> Leg | None:
         for count in range(self.fine, 0, -1):
-            steps = int(min(self.fine_trial * budget, left / count - probe))
+            steps = int(min(max(self.fine_trial * budget, self.shortest_fine), left / count - probe))
             if steps >= max(self.shortest_fine, shortest):
                 return Leg(count, steps, walk=True)
         return None

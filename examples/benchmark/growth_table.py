@@ -2,6 +2,7 @@
 
     python examples/benchmark/growth_table.py --tune                 # rates for each batch, on seeds 0 and 1
     python examples/benchmark/growth_table.py --seeds 10 11 12       # the table, at those rates; can be resumed
+    python examples/benchmark/growth_table.py --together --seeds 10 11 12   # under AutoLRS, with and without growth
 
 All runs of a workload see the same number of examples and decay linearly to zero over them. Our growing runs begin
 at the workload's own batch and at the best fixed one, the published rules' at the workload's own, each with the rate
@@ -12,7 +13,6 @@ batch that the run begins with. ``growth_rates.json`` keeps the tuned rates.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import logging
@@ -36,7 +36,7 @@ from run import RESULTS, keep, origin, path_of, validation_loss, work  # noqa: E
 from torch.utils.data import DataLoader  # noqa: E402
 from workloads import SUITE, Task, Workload  # noqa: E402
 
-from autotune.callbacks import AdaptiveBatchSize  # noqa: E402
+from autotune.callbacks import AdaptiveBatchSize, AutoLRS  # noqa: E402
 from autotune.errors import AutotuneError  # noqa: E402
 
 RATES = HERE / "growth_rates.json"
@@ -44,6 +44,7 @@ RATES = HERE / "growth_rates.json"
 FACTORS = (0.5, 1, 2, 4, 8)
 MOST = 16  # max_batch_size of the growing runs, in units of the batch they begin with
 FIRST_GUESS = {"SGD": 0.1, "AdamW": 0.01, "RMSprop": 0.003}
+_TOGETHER = ("autolrs", "autolrs_grown")
 _PUBLISHED = ("norm", "inner_product", "augmented", "coordinate")
 
 
@@ -99,24 +100,36 @@ class Decayed(L.LightningModule):
         return [self.optimizer], [{"scheduler": decay, "interval": "step"}]
 
 
-def grown(
-    workload: Workload, callback: AdaptiveBatchSize, lr: float, seed: int, length: Workload | None = None
-) -> tuple[float, int]:
-    """Final validation loss and updates of a Lightning run whose batch grows from the workload's own.
-
-    ``length`` is the workload whose number of examples counts, where the starting batch is another.
-    """
-    task, train = workload.build(seed, lr), training_set(workload)
+def fit(workload: Workload, module: L.LightningModule, callbacks: list[L.Callback], seed: int, first: int) -> int:
+    """Trains under Lightning on the workload's examples, from a batch of ``first`` on; updates made."""
     generator = torch.Generator().manual_seed(2000 + seed)
-    loader = DataLoader(train, workload.batch_size, shuffle=True, generator=generator, collate_fn=as_is)
+    loader = DataLoader(training_set(workload), first, shuffle=True, generator=generator, collate_fn=as_is)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            max_epochs=epochs_of(length or workload), callbacks=[callback], accelerator="cpu", logger=False,
-            gradient_clip_val=workload.clip, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=folder,
+            max_epochs=epochs_of(workload), callbacks=callbacks, gradient_clip_val=workload.clip, accelerator="cpu",
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=folder, check_val_every_n_epoch=10**9,
         )  # fmt: skip
-        trainer.fit(Decayed(task, task.plain_optimizer()), loader)
-    return validation_loss(task, list(workload.val_loader())), trainer.global_step
+        trainer.fit(module, loader, workload.val_loader())
+        return int(trainer.global_step)
+
+
+def grown(
+    workload: Workload, callback: AdaptiveBatchSize, lr: float, seed: int, first: int | None = None
+) -> tuple[float, int]:
+    """Final validation loss and updates of a Lightning run whose batch grows from ``first`` (the workload's own) on."""
+    task = workload.build(seed, lr)
+    module = Decayed(task, task.plain_optimizer())
+    updates = fit(workload, module, [callback], seed, first or workload.batch_size)
+    return validation_loss(task, list(workload.val_loader())), updates
+
+
+def together(workload: Workload, growing: bool, seed: int) -> tuple[float, int]:
+    """Final validation loss and updates under ``AutoLRS``, at the workload's own batch or growing from it."""
+    task = workload.build(seed)
+    growth: list[L.Callback] = [AdaptiveBatchSize(max_batch_size=MOST * workload.batch_size)] if growing else []
+    updates = fit(workload, task, [AutoLRS(), *growth], seed, workload.batch_size)
+    return validation_loss(task, list(workload.val_loader())), updates
 
 
 def tuned(workload: Workload, batch: int, guess: float, seeds: list[int]) -> tuple[float, float]:
@@ -167,14 +180,16 @@ def contenders(workload: Workload, best: int) -> list[tuple[str, int]]:
 def one(name: str, rule: str, batch: int, seed: int, folder: Path) -> str:
     """One run, its batch ``"fixed"`` or grown by a rule; the result goes to disk."""
     _quiet()
-    workload, lr, began = SUITE[name], _rates()[name][str(batch)], time.perf_counter()
+    workload, lr, began = SUITE[name], _rates().get(name, {}).get(str(batch), math.nan), time.perf_counter()
     if rule == "fixed":
         loss, updates = fixed(workload, batch, lr, seed)
+    elif rule in _TOGETHER:
+        loss, updates = together(workload, rule == "autolrs_grown", seed)
     else:
         options: dict[str, Any] = {} if rule == "noise_scale" else {"rule": rule, "lr_scaling": "none"}
         callback = AdaptiveBatchSize(max_batch_size=MOST * batch, **options)
         try:
-            loss, updates = grown(dataclasses.replace(workload, batch_size=batch), callback, lr, seed, workload)
+            loss, updates = grown(workload, callback, lr, seed, batch)
         except (AutotuneError, RuntimeError) as error:
             keep(place(folder, workload, rule, batch, seed), {"error": repr(error)[:500], "origin": origin()})
             return f"{name} {rule} {batch} s{seed}: {error!r}"
@@ -235,6 +250,20 @@ def table(names: list[str], seeds: list[int], folder: Path) -> str:
     return "\n".join(lines)
 
 
+def together_table(names: list[str], seeds: list[int], folder: Path) -> str:
+    """What growth does to a run under ``AutoLRS``: its loss over that of the run without, and the updates saved."""
+    lines = ["| workload (batch) | loss with growth over loss without, updates saved |", "|---|---|"]
+    scores: list[tuple[float, float]] = []
+    for name in names:
+        batch = SUITE[name].batch_size
+        alone, grew = (read(folder, name, rule, batch, seeds) for rule in _TOGETHER)
+        if alone is not None and grew is not None:
+            scores.append((min(grew[0] / alone[0], WORST), 1.0 - grew[1] / alone[1]))
+            lines.append(f"| {name} ({batch}) | {scores[-1][0]:.3f}, {scores[-1][1]:.0%} |")
+    lines.append(f"| geometric mean; mean saved | {_overall(scores)} |")
+    return "\n".join(lines)
+
+
 def _overall(scores: list[tuple[float, float]]) -> str:
     if not scores:
         return ""
@@ -262,9 +291,17 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="*", default=list(SUITE), choices=list(SUITE))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--tune", action="store_true", help="find the rates on --seeds and stop")
+    parser.add_argument("--together", action="store_true", help="under AutoLRS, with and without growth")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.together:
+        jobs = [
+            (n, rule, SUITE[n].batch_size, seed) for n in args.workloads for rule in _TOGETHER for seed in args.seeds
+        ]
+        work(functools.partial(one, folder=args.results), _missing(jobs, args.results), args.workers)
+        print(together_table(args.workloads, args.seeds, args.results))
+        return
     if args.tune:
         names = [name for name in args.workloads if not RATES.with_name(f"{RATES.stem}-{name}.json").exists()]
         work(functools.partial(tune, seeds=args.seeds, rates=RATES), [(name,) for name in names], args.workers)

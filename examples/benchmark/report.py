@@ -1,4 +1,4 @@
-"""Turns the results folder into a table (Markdown) and one figure per workload.
+"""Turns the results folder into a table (Markdown), one figure per workload, and a line for every run (CSV).
 
     python examples/benchmark/report.py --seeds 0 1            # prints the table, writes results/figures/*.png
 
@@ -10,6 +10,7 @@ whose number stands in the table.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import statistics
@@ -24,14 +25,14 @@ Runs = dict[str, dict[int, dict[str, Any]]]  # method -> seed -> result
 WORST = 10.0  # a ratio is cut here, so that one diverged run does not decide a geometric mean alone
 
 
-def load(folder: Path, scale: str, seeds: list[int]) -> dict[str, Runs]:
-    """Results of the present definitions, by workload, method and seed."""
+def load(folder: Path, scale: str, seeds: list[int] | None = None) -> dict[str, Runs]:
+    """Results of the present definitions, by workload, method and seed; of all seeds where none are given."""
     found: dict[str, Runs] = {}
     for workload in (w.scaled(scale) for w in SUITE.values()):
         runs: Runs = defaultdict(dict)
         for file in sorted((folder / f"{workload.name}-{workload.key()}").glob("*.json")):
             result = json.loads(file.read_text())
-            if result["seed"] in seeds:
+            if isinstance(result, dict) and (seeds is None or result["seed"] in seeds):
                 runs[result["method"]][result["seed"]] = result
         if runs:
             found[workload.name] = dict(runs)
@@ -157,6 +158,20 @@ def _beaten(found: dict[str, Runs], name: str, seeds: list[int]) -> str:
     return f"{sum(pairs)} of {len(pairs)}" if pairs else ""
 
 
+def write_runs(found: dict[str, Runs], target: Path) -> None:
+    """Every run without its curves: what the table is made of, small enough to be kept with the code."""
+    numbers = ["loss", "budget", "updates", "cost", "trial_steps", "seconds"]
+    origin = ["commit", "machine", "versions"]
+    with target.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["workload", "key", "method", "seed", *numbers, *origin, "error"])
+        for workload, runs in sorted(found.items()):
+            for method, by_seed in sorted(runs.items()):
+                for seed, r in sorted(by_seed.items()):
+                    known = [workload, r.get("key"), method, seed, *(r.get(key) for key in numbers)]
+                    rows.writerow([*known, *(r.get("origin", {}).get(key) for key in origin), r.get("error")])
+
+
 def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
     """Validation loss over total cost (mean and spread over seeds) and the learning rate over updates."""
     import matplotlib
@@ -188,7 +203,7 @@ def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{workload}.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
     return path
 
@@ -211,6 +226,7 @@ def main() -> None:
     text += "\n\ntuned-equivalent of AutoLRS (share of T at which the best tuned run reached its loss): "
     text += ", ".join(equivalents(found, options.seeds))
     (options.results / f"table-{options.scale}.md").write_text(text + "\n")
+    write_runs(load(options.results, options.scale), options.results / f"runs-{options.scale}.csv")
     print(text)
     if not options.no_figures:
         for workload, runs in found.items():

@@ -29,5 +29,5 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def several_searches(monkeypatch):
     """Searches so small that a run of 120 updates has several of them."""
-    small = SearchPolicy(coarse=3, fine_trial=0.0, shortest_fine=3)
+    small = SearchPolicy(coarse=3, fine=0, shortest_fine=3)
     monkeypatch.setattr(_lr_search, "SearchPolicy", lambda: small)

@@ -29,7 +29,7 @@ from autotune.stage.policy import SearchPolicy
 EXAMPLES, BATCH, EPOCHS = 600, 8, 4
 CONTROLLERS = ("lrs", "batch", "both")
 #: Searches so small that a run of a few dozen updates has two of them.
-SMALL = SearchPolicy(coarse=3, fine_trial=0.0, shortest_fine=3, ranking=0.0)
+SMALL = SearchPolicy(coarse=3, fine=0, shortest_fine=3, ranking=0.0)
 
 
 def small_searches():
