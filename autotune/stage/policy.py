@@ -6,8 +6,9 @@ few long trials say more of a whole run than many short ones. Both teach one sur
 probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a run ranks
 rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
 
-A run that is too short for both legs (below some 600 updates) begins with the fine one, at what is usual for its
-optimizer: trials of three steps in one of eight tell less than that.
+A run that is too short for both legs begins with the fine one, at what is usual for its optimizer: six trials of
+three steps and one of eight tell less than three of eight. A shorter one still (below some 250 updates) has the coarse
+leg only.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class SearchPolicy:
         return self.probe_share * budget
 
     def first(self, budget: float, probe: float, *, centred: bool = True) -> list[Leg]:
-        """The legs of the first search; none where the budget does not pay for two trials.
+        """The legs of the first search; none where the budget does not pay for three trials.
 
         Args:
             budget: Optimizer steps that searching may cost in the whole run.
@@ -81,7 +82,7 @@ class SearchPolicy:
         fine = self._fine(left - coarse.candidates * (steps + probe), budget, probe, 2 * steps)
         if centred and (fine is None or fine.candidates < self.fine):
             alone = self._fine(left, budget, probe, self.shortest_fine)
-            if alone is not None and alone.candidates > 1:
+            if alone is not None and alone.candidates == self.fine:
                 return [alone]
         if coarse.candidates < 3:
             return []
@@ -89,7 +90,7 @@ class SearchPolicy:
 
     def _fine(self, left: float, budget: float, probe: float, shortest: int) -> Leg | None:
         for count in range(self.fine, 0, -1):
-            steps = int(min(max(self.fine_trial * budget, self.shortest_fine), left / count - probe))
+            steps = int(min(self.fine_trial * budget, left / count - probe))
             if steps >= max(self.shortest_fine, shortest):
                 return Leg(count, steps, walk=True)
         return None

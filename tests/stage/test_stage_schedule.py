@@ -86,7 +86,7 @@ class TestPolicy:
         assert not legs or cost <= budget * (1 + 1e-9)
         assert all(leg.candidates >= 1 and leg.steps >= 1 for leg in legs)
         assert [leg.steps for leg in legs] == sorted(leg.steps for leg in legs)
-        assert not legs or legs[0].candidates >= (2 if legs[0].walk else 3)
+        assert not legs or legs[0].candidates >= 3
         assert not legs or not legs[0].walk or (centred and len(legs) == 1)
 
     @given(st.floats(0.0, 1e5), st.integers(0, 10**6), st.floats(0.0, 20.0), st.booleans())
