@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autotune.forecast.trace import LossTrace
 from autotune.stage.machine import Probe
-from autotune.stage.outlook import look_ahead
+from autotune.stage.outlook import WANDER, look_ahead
 
 
 def traced(curve, steps, noise=0.0, seed=0):
@@ -39,6 +39,22 @@ class TestLookAhead:
         start, now = Probe(2.0, (2.0, 2.1)), Probe(2.1, (2.1, 2.1))
         outlook = look_ahead(traced(falling, 60, 0.01), start, now, 60, 100)
         assert outlook.value == pytest.approx(2.1)
+
+    def test_the_interval_is_as_wide_as_a_validation_loss_wanders(self):
+        start, now = self.probes()
+        outlook = look_ahead(traced(falling, 60), start, now, 60, 100)
+        half = WANDER * (start.loss - now.loss)
+        assert outlook.high - outlook.value >= half
+        assert outlook.value - outlook.low >= half
+
+    def test_a_loss_that_is_never_negative_is_not_expected_to_be(self):
+        start, now = Probe(3.0, (2.9, 3.1)), Probe(0.05, (0.04, 0.06))
+        outlook = look_ahead(traced(falling, 60, 0.01), start, now, 60, 100)
+        assert outlook.low == 0.0
+        assert 0.0 <= outlook.value <= outlook.high
+        # A score to be maximised is watched as its negative; its curve has no such bound.
+        sunk = [Probe(p.loss - 4.0, tuple(b - 4.0 for b in p.batches)) for p in (start, now)]
+        assert look_ahead(traced(lambda step: falling(step) - 4.0, 60, 0.01), *sunk, 60, 100).low < -4.0
 
     def test_the_watch_lies_between_now_and_the_end(self):
         outlook = look_ahead(traced(falling, 60, 0.01), *self.probes(), 60, 100)
