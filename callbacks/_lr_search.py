@@ -35,6 +35,8 @@ _PUBLISHED_CANDIDATES, _PUBLISHED_RATIO, _PUBLISHED_EVALUATIONS = 10, 10, 16
 _PRIOR = SurrogatePrior(drift=0.0, drift_sd=0.15, offset_sd=0.1)
 #: A later search changes the rate only for this share of a trial's progress, and for more than its deviation.
 _WORTH_CHANGING = 0.05
+#: What the short trials take off the loss, as a share of it, says nothing of rates below this.
+_SOME_PROGRESS = 1e-3
 #: The first rates that are tried where nothing is known.
 _FIRST_TRIED = (1e-3, 1e-1)
 
@@ -154,8 +156,10 @@ class LRSearches:
         if leg.walk:
             usual = usual_lr(self._family())
             # Where the short trials got nowhere, longer ones at what is usual say more than a second look everywhere.
-            found = before is not None and math.isfinite(before.log_lr)
-            centre = math.exp(before.log_lr_trial_optimum) if before is not None and found else usual
+            centre = usual
+            known = before is not None and math.isfinite(before.log_lr)
+            if before is not None and known and (usual is None or before.progress_fraction > _SOME_PROGRESS):
+                centre = math.exp(before.log_lr_trial_optimum)
             if centre is not None:
                 centre = self._space_clip(centre)
                 return BracketSearch(centre, self._space, candidates=leg.candidates, usual=usual, prior=_PRIOR)
@@ -234,6 +238,10 @@ class LRSearches:
             best = min(finished, key=lambda outcome: outcome.loss)
             return math.exp(best.log_lr), "set_lr", f"{problem}: the best finished trial's rate"
         lr = self._default()
+        exploded = min((o.log_lr for o in result.outcomes if o.status == "diverged"), default=math.inf)
+        if math.log(lr) >= exploded:
+            lr = self._space_clip(math.exp(exploded) / 10.0)
+            return lr, "set_lr", f"{problem}: a tenth of the lowest rate that exploded"
         return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}"
 
     def _skipped(self, why: str) -> SearchOutcome:

@@ -11,9 +11,13 @@ within a tenth of it while w is further away than one and a half gaps: on a leve
 The answer minimises, over the bracket, the surrogate's mean plus ``pull * (1 + (0.05 / f)^2) * d^2``, where d is the
 distance from w in decades. The unit of the mean is the progress of the best trial, so at the default a decade weighs
 as much as a trial that is worse by a twentieth: where trials tell rates apart, they decide; on a level stretch, where
-they do not, what is usual does; and where f is below 0.05 w itself is within reach, whatever the bracket. Almost half
-of the excess loss over the best rate came from such stretches, and a w half a decade off serves nearly as well
-(``examples/benchmark/FINDINGS.md``).
+they do not, what is usual does. Where f is below 0.05 w itself is within reach, whatever the bracket; where no trial
+ended below the starting loss, as at a saddle or in a model that was trained before, w is the answer. Neither goes above
+a gap below the lowest rate that did clear harm: that exploded, or raised the loss by a tenth while no higher one was
+harmless. Almost half of the excess loss over the best rate came from such stretches, and a w half a decade off serves
+nearly as well (``examples/benchmark/FINDINGS.md``).
+
+No trial is made at or above a rate that exploded before.
 
 Level stretches have two sides. A rate that is too high for a transformer takes its loss to the level of the bytes'
 frequencies and leaves it there, so that all rates above the edge end equal; in a valley with a level floor short trials
@@ -88,22 +92,35 @@ class BracketSearch(LRSearch):
         tried = state.outcomes
         if len(tried) >= self.candidates:
             return None
-        start = self.centre if state.current_log_lr is None else self.space.clip(state.current_log_lr)
+        exploded = _lowest_exploded(state)
+        start, why = self._start(state, exploded)
         if not tried:
-            return Proposal(
-                start, "where the shorter trials point" if state.current_log_lr is None else "the rate in use"
-            )
+            return Proposal(start, why)
         for point, reason in self._walk(start, state):
-            if self.space.contains(point) and all(abs(point - outcome.log_lr) > 0.1 for outcome in tried):
+            new = all(abs(point - outcome.log_lr) > 0.1 for outcome in tried)
+            if point < exploded and self.space.contains(point) and new:
                 return Proposal(point, reason)
-        best = min(tried, key=_loss)
+        grid = self.space.around(min(tried, key=_loss).log_lr, math.exp(self.gap)).grid(_GRID)
+        grid = grid[grid < exploded]
+        if not grid.numel():
+            return None
         return propose(
             self.surrogate(state).posterior,
-            self.space.around(best.log_lr, math.exp(self.gap)).grid(_GRID),
+            grid,
             [outcome.log_lr for outcome in tried],
             horizon_steps=state.horizon_steps,
             beta=self.beta,
         )
+
+    def _start(self, state: SearchState, exploded: float) -> tuple[float, str]:
+        if state.outcomes:
+            return state.outcomes[0].log_lr, ""
+        if state.current_log_lr is not None:
+            return self.space.clip(state.current_log_lr), "the rate in use"
+        if self.centre >= exploded:
+            return self.space.clip(exploded - self.gap), "half a decade below a shorter trial that exploded"
+        usual = self.usual is not None and self.centre == self.space.clip(self.usual)
+        return self.centre, "what is usual for the optimizer" if usual else "where the shorter trials point"
 
     def _walk(self, start: float, state: SearchState) -> list[tuple[float, str]]:
         """The bracket's next points, the wanted one first; none once it has three."""
@@ -111,6 +128,8 @@ class BracketSearch(LRSearch):
         up = self.usual is not None and self.usual > start
         gap, ahead, behind = (self.gap, "up", "down") if up else (-self.gap, "down", "up")
         back = (start - gap, f"half a decade {behind}")
+        if all(outcome.status == "diverged" for outcome in tried):
+            return [(min(o.log_lr for o in tried) - len(tried) * self.gap, "all that was tried exploded: further down")]
         if len(tried) == 1:
             return [(start + gap, f"half a decade {ahead}"), back]
         if len(tried) != 2:
@@ -128,25 +147,32 @@ class BracketSearch(LRSearch):
         if self.usual is None or state.current_log_lr is not None or not finished:
             return super()._without_progress(state, fitted, fraction)
         log_lr = self.space.clip(min(self.usual, self._ceiling(state)))
-        reason = f"no trial ended below the starting loss: {math.exp(log_lr):.3g}, by what is usual for the optimizer"
+        as_usual = "" if log_lr == self.usual else ", as near as harm and bounds allow"
+        reason = (
+            f"no trial ended below the starting loss: {math.exp(log_lr):.3g}, what is usual for the optimizer{as_usual}"
+        )
         return replace(NOTHING, log_lr_trial_optimum=log_lr, log_lr=log_lr, progress_fraction=fraction, reason=reason)
 
     def _reach(self, state: SearchState) -> LogSpace:
-        finished = [outcome.log_lr for outcome in state.outcomes if outcome.status == "finished"]
+        finished = [outcome for outcome in state.outcomes if outcome.status == "finished"]
         if not finished:
             return super()._reach(state)
         margin = _MARGIN * math.log(10.0)
+        places = [outcome.log_lr for outcome in finished]
         if self.usual is not None and progress_fraction(state) < _LITTLE:
-            finished = [*finished, min(self.usual, self._ceiling(state))]
-        low, high = max(min(finished) - margin, self.space.log_low), min(max(finished) + margin, self.space.log_high)
+            best = min(finished, key=_loss).log_lr
+            top = max(best, self._ceiling(state))
+            places = [place for place in places if place <= top] + [min(self.usual, top)]
+        low, high = max(min(places) - margin, self.space.log_low), min(max(places) + margin, self.space.log_high)
         return LogSpace(math.exp(low), math.exp(high)) if low < high else self.space
 
     def _ceiling(self, state: SearchState) -> float:
-        """A gap below the lowest log learning rate that exploded or did clear harm: as far as what is usual may go."""
-        limit = state.initial_loss + _HARM * abs(state.initial_loss)
-        harmful = [o for o in state.outcomes if o.status == "diverged" or not o.loss <= limit]
-        exploded = [o for o in state.history if o.status == "diverged"]
-        return min((o.log_lr for o in (*harmful, *exploded)), default=math.inf) - self.gap
+        """A gap below the lowest log learning rate that did clear harm: as far up as what is usual may go."""
+        trials = _trials(state)
+        harmless = [o.log_lr for o in trials if o.status == "finished" and not _harmful(o, state)]
+        most = max(harmless, default=-math.inf)
+        harmful = [o.log_lr for o in trials if _harmful(o, state) and (o.status == "diverged" or o.log_lr > most)]
+        return min(harmful, default=math.inf) - self.gap
 
     def _answer(self, posterior: Posterior, state: SearchState, optimum: float) -> tuple[float, str]:
         if self.usual is None:
@@ -162,3 +188,18 @@ class BracketSearch(LRSearch):
 def _loss(outcome: Outcome) -> float:
     """A loss to compare by; a trial that did not finish is worse than any that did."""
     return outcome.loss if outcome.status == "finished" and math.isfinite(outcome.loss) else math.inf
+
+
+def _trials(state: SearchState) -> tuple[Outcome, ...]:
+    """This search's, and before training those of the shorter leg: weights that were trained since bear other rates."""
+    return state.outcomes if state.current_log_lr is not None else (*state.history, *state.outcomes)
+
+
+def _lowest_exploded(state: SearchState) -> float:
+    return min((o.log_lr for o in _trials(state) if o.status == "diverged"), default=math.inf)
+
+
+def _harmful(outcome: Outcome, state: SearchState) -> bool:
+    """Whether a trial exploded, or raised the loss by more than :data:`_HARM` of what it was."""
+    before = state.initial_loss if outcome.initial_loss is None else outcome.initial_loss
+    return outcome.status == "diverged" or outcome.loss > before + _HARM * abs(before)

@@ -6,8 +6,8 @@ few long trials say more of a whole run than many short ones. Both teach one sur
 probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a run ranks
 rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
 
-A run that is too short for both legs begins with the fine one, at what is usual for its optimizer: six trials of
-three steps and one of eight tell less than three of eight. A shorter one still (below some 250 updates) has the coarse
+A run that is too short for both legs has the fine one only, around what is usual for its optimizer: six trials of
+three steps and one of eight tell less than three of eight. A shorter one still (below some 230 updates) has the coarse
 leg only.
 """
 
@@ -23,7 +23,7 @@ class Leg:
     Attributes:
         candidates: How many.
         steps: Optimizer steps of each.
-        walk: Whether they walk from a centre instead of looking everywhere.
+        walk: Whether those of a first search walk from a centre instead of looking everywhere.
     """
 
     candidates: int
@@ -80,7 +80,7 @@ class SearchPolicy:
         steps = max(self.shortest_coarse, round(self.coarse_trial * budget))
         coarse = Leg(min(self.coarse, int(left / (steps + probe))), steps)
         fine = self._fine(left - coarse.candidates * (steps + probe), budget, probe, 2 * steps)
-        if centred and (fine is None or fine.candidates < self.fine):
+        if centred and steps <= self.shortest_coarse and (fine is None or fine.candidates < self.fine):
             alone = self._fine(left, budget, probe, self.shortest_fine)
             if alone is not None and alone.candidates == self.fine:
                 return [alone]

@@ -81,6 +81,45 @@ def test_what_is_usual_is_the_answer_where_no_trial_helps():
     assert math.exp(search.recommend(state).log_lr) == pytest.approx(CENTRE, rel=0.2)
 
 
+def tried(*trials, usual, before=(), start=5.0):
+    """A search that was told of trials (rate, loss or None for a divergence); its recommended rate."""
+    search = BracketSearch(usual, usual=usual)
+
+    def outcome(rate, loss, steps):
+        status = "diverged" if loss is None else "finished"
+        return Outcome(math.log(rate), steps, math.nan if loss is None else loss, steps, status)
+
+    state = search.init(start, 60, 4000, None, tuple(outcome(*one, 6) for one in before))
+    for one in trials:
+        state = search.tell(state, outcome(*one, 60))
+    return math.exp(search.recommend(state).log_lr)
+
+
+def test_what_is_usual_does_not_go_where_harm_was_done():
+    # By a trial of this leg, whether or not another helped by next to nothing.
+    for lowest in (5.0, 4.999):
+        assert tried((1e-2, 9.0), (3.2e-3, 5.0), (1e-3, lowest), usual=1e-2) == pytest.approx(3.2e-3, rel=0.05)
+    # By the shorter trials before.
+    short = ((1e-3, 7.0), (1e-2, 20.0), (1e-4, 5.2), (3e-5, 4.999))
+    assert tried((3e-5, 4.98), (9.5e-5, 5.003), (9.5e-6, 5.003), usual=3e-3, before=short) < 4e-4
+    assert tried((3e-5, 5.0), (9.5e-5, 5.003), (9.5e-6, 5.003), usual=3e-3, before=short) == pytest.approx(
+        3.2e-4, rel=0.05
+    )
+    # A rate that looks harmful by chance, below others that are not, is no bound: a loss near zero, say.
+    near = tried((3e-3, 0.01), (9.5e-4, 0.012), (9.5e-3, 0.01), usual=3e-3, start=0.01)
+    assert near == pytest.approx(3e-3)
+
+
+def test_nothing_is_tried_at_or_above_what_exploded():
+    _, _, places = walked(lambda x: None if x > math.log(CENTRE) - 1.2 * HALF else 2.0, usual=CENTRE)
+    assert places == pytest.approx([0.0, -1.0, -3.0])
+    search = BracketSearch(3e-3, usual=3e-3)
+    before = (Outcome(math.log(1e-4), 6, math.nan, 2, "diverged"), Outcome(math.log(1e-5), 6, 5.0, 6))
+    first = search.ask(search.init(5.0, 60, 4000, None, before))
+    assert math.exp(first.log_lr) == pytest.approx(1e-4 / 10**0.5)
+    assert "exploded" in first.reason
+
+
 def test_trials_that_differ_outweigh_what_is_usual():
     clear = lambda x: 2.0 + 0.5 * (x - math.log(CENTRE)) ** 2  # noqa: E731
     search, state, _ = walked(clear, usual=0.1)

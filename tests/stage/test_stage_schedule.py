@@ -103,5 +103,8 @@ class TestPolicy:
         """Where there is one: else most of it pays for six trials of three steps, and the rest for a single one."""
         (leg,) = SearchPolicy().first(36.0, 4 / 3)
         assert (leg.candidates, leg.steps, leg.walk) == (3, 8, True)
+        assert (
+            len(SearchPolicy().first(1000.0, 60.0)) == 2
+        )  # probes may be dear in a long run too: there both legs stay
         coarse, fine = SearchPolicy().first(40.0, 4 / 3, centred=False)
         assert (coarse.candidates, coarse.steps, fine.candidates) == (6, 3, 1)
