@@ -52,7 +52,7 @@ class AutoLRS(Callback):
         monitor: A name that ``validation_step`` logs; None finds the validation loss.
         mode: Whether the monitored value is to be made small (``"min"``) or large (``"max"``).
         seed: Chooses trial and probe batches; the run's own randomness is never touched.
-        proposals: ``"bayesian"``; or ``"grid"`` for as many trials on a fixed log grid, for comparison.
+        proposals: ``"bayesian"``; or ``"grid"`` for about as many trials on a fixed log grid, for comparison.
         stop_early: Whether hopeless trials are stopped before their end.
 
     Raises:

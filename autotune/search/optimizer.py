@@ -133,7 +133,10 @@ class LRSearch:
         return replace(state, fit=fitted.fit)
 
     def recommend(self, state: SearchState) -> Recommendation:
-        """What the trials say; without progress the largest learning rate that did no harm, or the current one."""
+        """What the trials say; without progress the largest learning rate that did no harm, or the current one.
+
+        A search that knows what is usual (:mod:`~autotune.search.bracket`) answers with that instead.
+        """
         fraction = progress_fraction(state)
         fitted = self.surrogate(state)
         # Late in a run a local search can gain little; its gap and sd say whether that little is worth anything.

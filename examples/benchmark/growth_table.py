@@ -1,4 +1,4 @@
-"""Batch growth at equal examples: every fixed batch at its own tuned rate, the published norm test, and our rule.
+"""Batch growth at equal examples: every fixed batch at its own tuned rate, the published rules, and ours.
 
     python examples/benchmark/growth_table.py --tune                 # rates for each batch, on seeds 0 and 1
     python examples/benchmark/growth_table.py --seeds 10 11 12       # the table, at those rates; can be resumed
@@ -190,8 +190,9 @@ def one(name: str, rule: str, batch: int, seed: int, folder: Path) -> str:
         callback = AdaptiveBatchSize(max_batch_size=MOST * batch, **options)
         try:
             loss, updates = grown(workload, callback, lr, seed, batch)
-        except (AutotuneError, RuntimeError) as error:
-            keep(place(folder, workload, rule, batch, seed), {"error": repr(error)[:500], "origin": origin()})
+        except AutotuneError as error:  # a rule that cannot be had on a workload, with the reason
+            said = {"error": repr(error)[:500], "lr": lr, "origin": origin()}
+            keep(place(folder, workload, rule, batch, seed), said)
             return f"{name} {rule} {batch} s{seed}: {error!r}"
     result = {
         "workload": name, "rule": rule, "batch": batch, "lr": lr, "seed": seed, "loss": loss, "updates": updates,
@@ -245,7 +246,9 @@ def table(names: list[str], seeds: list[int], folder: Path) -> str:
             scores[head].append((min(seen[0] / loss, WORST), 1.0 - seen[1] / base))
             cells.append(f"{scores[head][-1][0]:.3f}, {scores[head][-1][1]:.0%}")
         lines.append(f"| {name} ({best}) | {' | '.join(cells)} |")
-    for title, value in (("geometric mean; mean saved", _overall), ("worst; least saved", _worst)):
+    for title, value in (
+        ("geometric mean; mean saved", _overall), ("worst; least saved", _worst), ("workloads", _count)
+    ):  # fmt: skip
         lines.append(f"| {title} | {' | '.join(value(scores[head]) for head in heads[1:])} |")
     return "\n".join(lines)
 
@@ -257,7 +260,7 @@ def together_table(names: list[str], seeds: list[int], folder: Path) -> str:
     for name in names:
         batch = SUITE[name].batch_size
         alone, grew = (read(folder, name, rule, batch, seeds) for rule in _TOGETHER)
-        if alone is not None and grew is not None:
+        if alone is not None and grew is not None and math.isfinite(alone[0]):
             scores.append((min(grew[0] / alone[0], WORST), 1.0 - grew[1] / alone[1]))
             lines.append(f"| {name} ({batch}) | {scores[-1][0]:.3f}, {scores[-1][1]:.0%} |")
     lines.append(f"| geometric mean; mean saved | {_overall(scores)} |")
@@ -272,6 +275,10 @@ def _overall(scores: list[tuple[float, float]]) -> str:
 
 def _worst(scores: list[tuple[float, float]]) -> str:
     return f"{max(ratio for ratio, _ in scores):.3f}, {min(saved for _, saved in scores):.0%}" if scores else ""
+
+
+def _count(scores: list[tuple[float, float]]) -> str:
+    return str(len(scores))
 
 
 def _rates() -> dict[str, dict[str, float]]:
@@ -320,7 +327,18 @@ def main() -> None:
 
 
 def _missing(jobs: list[tuple[str, str, int, int]], folder: Path) -> list[tuple[str, str, int, int]]:
-    return [(n, *rest) for n, *rest in jobs if not place(folder, SUITE[n], *rest).exists()]
+    """The jobs without a result, or with one at a rate that is not the tuned one any more."""
+
+    def done(name: str, rule: str, batch: int, seed: int) -> bool:
+        file = place(folder, SUITE[name], rule, batch, seed)
+        tuned = (
+            rule in _TOGETHER
+            or not file.exists()
+            or json.loads(file.read_text()).get("lr") == _rates()[name][str(batch)]
+        )
+        return file.exists() and tuned
+
+    return [one for one in jobs if not done(*one)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Turns the results folder into a table (Markdown), one figure per workload, and a line for every run (CSV).
+"""Turns the results folder into a table (Markdown), one figure per workload, and a line for every run
+of ``run.py`` (CSV).
 
     python examples/benchmark/report.py --seeds 0 1            # prints the table, writes results/figures/*.png
 

@@ -210,17 +210,24 @@ def main() -> None:
 
 
 def work(call: Callable[..., str], jobs: Sequence[tuple[Any, ...]], workers: int) -> None:
-    """``call(*job)`` for every job, in so many processes, under a progress bar that shows what the last one said."""
+    """``call(*job)`` for every job, in so many processes, under a progress bar that shows what the last one said.
+
+    A job that fails is named with its error and left out: the next call makes it up.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         shown = bar.add_task("benchmark", total=len(jobs))
-        running = {pool.submit(call, *one) for one in jobs}
+        jobs_of = {pool.submit(call, *one): one for one in jobs}
+        running = set(jobs_of)
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                bar.update(shown, advance=1, description=future.result()[:60])
+                error = future.exception()
+                if error is not None:
+                    bar.console.print(f"failed: {jobs_of[future]}: {error!r}", markup=False)
+                bar.update(shown, advance=1, description=(future.result() if error is None else repr(error))[:60])
 
 
 if __name__ == "__main__":
