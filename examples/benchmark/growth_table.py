@@ -13,6 +13,7 @@ batch that the run begins with. ``growth_rates.json`` keeps the tuned rates.
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import json
 import logging
@@ -267,6 +268,18 @@ def together_table(names: list[str], seeds: list[int], folder: Path) -> str:
     return "\n".join(lines)
 
 
+def write_runs(folder: Path, target: Path) -> None:
+    """Every run as a line: what the tables are made of, small enough to be kept with the code."""
+    keys = ["workload", "rule", "batch", "lr", "seed", "loss", "updates", "seconds"]
+    with target.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow([*keys, "commit", "machine", "versions"])
+        for found in sorted((folder / "growth").glob("*/*.json")):
+            run = json.loads(found.read_text())
+            if "error" not in run:
+                rows.writerow([*(run[key] for key in keys), *run["origin"].values()])
+
+
 def _overall(scores: list[tuple[float, float]]) -> str:
     if not scores:
         return ""
@@ -324,6 +337,7 @@ def main() -> None:
     ]  # fmt: skip
     work(call, _missing(growing, args.results), args.workers)
     print(table(names, args.seeds, args.results))
+    write_runs(args.results, args.results / "growth-cpu.csv")
 
 
 def _missing(jobs: list[tuple[str, str, int, int]], folder: Path) -> list[tuple[str, str, int, int]]:
