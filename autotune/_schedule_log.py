@@ -25,7 +25,7 @@ from autotune.errors import LogFormatError
 from autotune.stage.schedule import Shape
 
 #: Kinds of decision that put a peak in force; a stage's beginning repeats the one it runs under.
-_PEAK_KINDS = ("search", "rollback", "plateau", "setback", "stage")
+_PEAK_KINDS = ("search", "rollback", "plateau", "setback", "climb", "stage")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Decision:
 
     Attributes:
         kind: What it is about: ``"setup"``, ``"search"``, ``"forecast"``, ``"stage"``, ``"rollback"``,
-            ``"plateau"``, ``"setback"``, ``"batch"``, ``"finish"``.
+            ``"plateau"``, ``"setback"``, ``"climb"``, ``"batch"``, ``"finish"``.
         action: What was done, a verb: ``"set_lr"``, ``"keep_lr"``, ``"roll_back"``, …
         reason: One sentence for a person.
         step: Real optimizer updates done when the decision was taken.

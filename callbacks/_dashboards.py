@@ -151,7 +151,7 @@ _KNOWN: dict[str, type[Dashboard]] = {"TensorBoardLogger": TensorBoard, "WandbLo
 #: TensorBoard's "Custom Scalars" page: the group "Autotune".
 LAYOUT = {
     "Autotune": {
-        "learning rate": ["Multiline", [r"autotune/lr$", r"autotune/(search|rollback|plateau|setback)/lr$"]],
+        "learning rate": ["Multiline", [r"autotune/lr$", r"autotune/(search|rollback|plateau|setback|climb)/lr$"]],
         "forecast": [
             "Margin",
             ["autotune/forecast/prediction", "autotune/forecast/low", "autotune/forecast/high"],

@@ -21,6 +21,7 @@ class LossWatch:
         first: Median of the run's first lot (NaN until then).
         trouble: Why the run has to go back; empty while all is well.
         broken: Why the stage has to be looked at now; empty while all is well.
+        window: Of the losses read since it was last emptied.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class LossWatch:
         self.first = math.nan
         self.trouble = ""
         self.broken = ""
+        self.window = LossTrace(bins=1)
         self._lowest = math.inf
         self._pending: list[tuple[int, Tensor | float]] = []
         self._limits: list[list[float]] = []
@@ -53,12 +55,18 @@ class LossWatch:
         bins = len(self.trace)
         return self.trace.recent(max(2 * LOT, bins // 4))[0] if bins else math.nan
 
+    def empty_window(self) -> tuple[float, float]:
+        """Mean of the window's losses and its standard error (NaN below two of them); the next window begins."""
+        window, self.window = self.window, LossTrace(bins=1)
+        return window.recent(1)
+
     def read(self) -> None:
         """Reads what is pending and judges it."""
         values = [(step, float(loss)) for step, loss in self._pending]
         self._pending = []
         for step, value in values:
             self.trace.add(step, value)
+            self.window.add(step, value)
         if not values:
             return
         bad = [step for step, value in values if not math.isfinite(value)]
@@ -88,6 +96,7 @@ class LossWatch:
         """As primitives; reading the pending losses changes nothing, judging them waits for the full lot."""
         return {
             "trace": self.trace.state_dict(),
+            "window": self.window.state_dict(),
             "first": self.first,
             "trouble": self.trouble,
             "broken": self.broken,
@@ -99,6 +108,7 @@ class LossWatch:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.trace.load_state_dict(saved["trace"])
+        self.window.load_state_dict(saved["window"])
         self.first, self._lowest = saved["first"], saved["lowest"]
         self.trouble, self.broken = saved["trouble"], saved["broken"]
         self._pending = [(int(step), float(loss)) for step, loss in saved["pending"]]

@@ -6,9 +6,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from autotune.callbacks._losses import LOT
 from autotune.callbacks._trainer import horizon as horizons
 from autotune.callbacks._trainer.rates import averages_weights
 from autotune.stage.budget import Budget
+from autotune.stage.climb import Climb
 from autotune.stage.machine import StageMachine, StageState
 from autotune.stage.schedule import Shape
 from autotune.stage.settings import LRSettings
@@ -29,6 +31,7 @@ class LRPlan:
         budget: What searching may cost.
         shape: Of the rate.
         machine: The stages' clock.
+        climb: How the held rate moves; None where it does not.
         averages: Whether the optimizer is schedule-free: then rates are held, in trials too.
     """
 
@@ -62,6 +65,12 @@ class LRPlan:
             decays = known and not self.averages
             self.shape = Shape(decay=decays, resolution=resolution, decay_from=DECAY_FROM)
             self.machine = StageMachine(search=self._settings.search, known_end=known)
+        self.climb = self._climb(resolution) if self._settings.climb and self.shape.decay else None
+
+    def _climb(self, resolution: float) -> Climb:
+        """While the peak is held; a window holds a lot of losses at least."""
+        climb = Climb(begin=self.shape.warmup, end=self.shape.decay_from)
+        return replace(climb, window=max(climb.window, LOT * resolution))
 
     def _published_machine(self, updates: float) -> StageMachine:
         """AutoLRS's clock. On runs too short for it the stages keep their ratios: 1, 2, 4, 8 of fifteen parts."""

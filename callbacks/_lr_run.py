@@ -25,6 +25,7 @@ from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.rates import RateDriver
 from autotune.callbacks._trials import Trials
 from autotune.decision import Decision
+from autotune.stage.climb import Climb, ClimbState
 from autotune.stage.machine import Probe, StageState
 from autotune.stage.outlook import Outlook, look_ahead
 from autotune.stage.settings import LRSettings
@@ -55,6 +56,7 @@ class LRRun:
         self.trainer = trainer
         self.decisions = decisions
         self.state = StageState()
+        self.climb = ClimbState()
         self.costs = Costs()
         self._log = RunLog.of(trainer)
         self.optimizer = optimizer = trainer.optimizers[0]
@@ -86,6 +88,11 @@ class LRRun:
         """Steps that searching may still cost now."""
         return self.plan.budget.left(self.costs.spent, self.step, self.costs.first)
 
+    @property
+    def climbs(self) -> Climb | None:
+        """How the held rate moves; None where it does not, as under a user's scheduler, which moves it itself."""
+        return None if self.driver.scheduled else self.plan.climb
+
     # ------------------------------------------------------------------ moves
 
     def before_update(self) -> None:
@@ -96,6 +103,8 @@ class LRRun:
         if self.watch.trouble or self.watch.broken or self.plan.machine.due(self.state, progress):
             with self.saved.as_one():
                 self._do_what_is_due(progress)
+        if self.climbs is not None and self.climbs.is_due(self.climb, progress):
+            self._climb(self.climbs, progress)
         assert self.state.lr is not None
         self.driver.apply(self.state.lr, self.plan.shape(progress))
 
@@ -190,7 +199,25 @@ class LRRun:
         found = {"index": before.searches, "monitor": self.trials.monitor}
         numbers = {**outcome.numbers, **words.rate(self.state, before), **found}
         self.record("search", outcome.action, outcome.reason, numbers=numbers, cost=outcome.cost)
+        if self.climbs is not None and (before.lr is None or self.state.lr != before.lr):
+            self.climb = self.climbs.searched(self.climb, outcome.gain, progress)
         return outcome
+
+    def _climb(self, climbs: Climb, progress: float) -> None:
+        (loss, error), before = self.watch.empty_window(), self.state
+        self.climb, factor = climbs.step(self.climb, loss, error, progress, rise=not before.bad)
+        assert before.lr is not None
+        lr = self.settings.clip(before.lr * factor)
+        # A grown batch may have taken the rate past the user's bounds, where it stays.
+        lr = max(lr, before.lr) if factor > 1.0 else min(lr, before.lr) if factor < 1.0 else before.lr
+        if lr != before.lr:
+            self.state = replace(before, lr=lr)
+            reason, numbers = words.climbed(self.state, before, loss, self.climb.best)
+            self.record("climb", "raise" if lr > before.lr else "lower", reason, numbers=numbers)
+
+    def _take_back(self, progress: float) -> None:
+        if self.climbs is not None:
+            self.climb = self.climbs.taken_back(self.climb, progress)
 
     def _begin_stage(self, progress: float, probe: Probe | None) -> None:
         best = self.state.best_probe
@@ -241,11 +268,13 @@ class LRRun:
         self._judge(before, probe, evidence)
         if verdict == "roll_back":
             self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")
+            self._take_back(progress)
             probe = before.best_probe or probe
         elif verdict == "decay":
             self.record("plateau", "decay", evidence[0], numbers=words.rate(self.state, before))
         elif verdict == "lower":
             self.record("setback", "lower", evidence[0], numbers=words.rate(self.state, before))
+            self._take_back(progress)
         elif verdict == "search":
             self._run_search(progress, "; ".join(evidence) or "a stage has ended")
         self._begin_stage(progress, probe)
@@ -260,6 +289,7 @@ class LRRun:
         self.state, verdict = self.plan.machine.failed(self.state)
         if verdict == "roll_back":
             self._roll_back(before, why)
+            self._take_back(progress)
             self._begin_stage(progress, before.best_probe)
         else:
             self.record("rollback", "keep", f"{why}; going back does not help, so training goes on", numbers={})
@@ -290,6 +320,7 @@ class LRRun:
     def _move_clock(self, scale: float, was: str) -> None:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""
         self.state = self.plan.moved(self.state, scale)
+        self.climb = replace(self.climb, due=self.climb.due * scale)
         horizon = self.plan.horizon
         self._replan(f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew")
 

@@ -55,6 +55,7 @@ class SearchOutcome:
         trial_steps: Optimizer steps made.
         seconds: Wall time.
         promised: Loss at the end of the trial nearest to ``lr`` among the longest; NaN where there is none.
+        gain: ``lr`` as a share of what the search, or what is usual, says.
     """
 
     lr: float
@@ -66,6 +67,7 @@ class SearchOutcome:
     trial_steps: int = 0
     seconds: float = 0.0
     promised: float = math.nan
+    gain: float = 1.0
 
 
 class LRSearches:
@@ -101,7 +103,7 @@ class LRSearches:
             return self._published_leg(whole if run.state.searches == 0 else run.left)
         if run.state.searches == 0:
             left = whole - run.costs.spent
-            usual = usual_lr(self._family())
+            usual = self._usual
             known = usual is not None and self._space.contains(math.log(usual))
             centred = known and self._settings.proposals != "grid"
             return self.policy.first(left, probe, centred=centred), left
@@ -125,7 +127,7 @@ class LRSearches:
         published = settings.objective == "forecast"
         left = (1.0 - min(progress, 1.0)) * run.plan.updates
         target = max(leg.steps, round(left)) if run.plan.horizon.known else leg.steps
-        log_current = None if current is None or published else math.log(self._space_clip(current))
+        log_current = None if current is None or published else math.log(self._settings.clip(current))
 
         def searcher(before: Recommendation | None) -> Search:
             return self._searcher(leg, before, current)
@@ -154,14 +156,14 @@ class LRSearches:
         if self._settings.proposals == "grid":
             return self._grid(leg, before)
         if leg.walk:
-            usual = usual_lr(self._family())
+            usual = self._usual
             # Where the short trials got nowhere, longer ones at what is usual say more than a second look everywhere.
             centre = usual
             known = before is not None and math.isfinite(before.log_lr)
             if before is not None and known and (usual is None or before.progress_fraction > _SOME_PROGRESS):
                 centre = math.exp(before.log_lr_trial_optimum)
             if centre is not None:
-                centre = self._space_clip(centre)
+                centre = self._settings.clip(centre)
                 return BracketSearch(centre, self._space, candidates=leg.candidates, usual=usual, prior=_PRIOR)
         tried = [lr for lr in _FIRST_TRIED if self._space.low <= lr <= self._space.high]
         return LRSearch(
@@ -175,16 +177,15 @@ class LRSearches:
             space = space.around(before.log_lr, (space.high / space.low) ** (1.0 / self.policy.coarse))
         return GridSearch(space, candidates=leg.candidates, drift=0.0)
 
-    def _space_clip(self, lr: float) -> float:
-        return min(max(lr, self._settings.low), self._settings.high)
-
     # ------------------------------------------------------------------ answers
 
     def _decided(self, result: SearchResult, legs: list[Leg], current: float | None, why: str) -> SearchOutcome:
         found = result.recommendation
         lr, action, reason = self._fallback(result, current)
+        gain = 1.0
         if found is not None and math.isfinite(found.log_lr):
             lr, action, reason = self._answer(found, current)
+            gain = self._start if current is None else 1.0
         reason = f"{reason} (searched because {why})"
         numbers = self._numbers(result, legs)
         return SearchOutcome(
@@ -197,17 +198,19 @@ class LRSearches:
             result.trial_steps,
             result.seconds,
             self._promised(result, legs[-1], lr),
+            gain,
         )
 
     def _promised(self, result: SearchResult, leg: Leg, lr: float) -> float:
-        if self._settings.objective == "forecast":  # whose losses are extrapolations
+        # The published trials' losses are extrapolations; a rate that climbs begins below every trial's.
+        if self._settings.objective == "forecast" or self._run.climbs is not None:
             return math.nan
         ends = [o for o in result.outcomes if o.status == "finished" and o.horizon_steps == leg.steps]
         nearest = min(ends, key=lambda o: abs(o.log_lr - math.log(lr)), default=None)
         return math.nan if nearest is None else nearest.loss
 
     def _answer(self, found: Recommendation, current: float | None) -> tuple[float, str, str]:
-        lr = self._space_clip(math.exp(found.log_lr))
+        lr = self._settings.clip(math.exp(found.log_lr))
         if self._settings.objective == "forecast":
             return lr, "set_lr", found.reason
         if current is None:
@@ -219,11 +222,28 @@ class LRSearches:
 
     def _opening(self, lr: float, reason: str) -> tuple[float, str, str]:
         """The first peak: the run's mean rate is to be that of the trial it rests on, which holds no peak."""
+        if (share := self._share) != 1.0:
+            lr, reason = lr * share, f"{reason}, times {share:.2f} because the run holds its peak"
+        if (start := self._start) != 1.0:
+            lr, reason = lr * start, f"{reason}, times {start:.2f} because it can rise from there"
+        return self._settings.clip(lr), "set_lr", reason
+
+    @property
+    def _share(self) -> float:
+        """A trial's mean share of its peak over the run's: a run that holds its peak bears less of it."""
         shape = self._run.plan.shape
-        if self._run.driver.scheduled or not shape.decay:
-            return lr, "set_lr", reason
-        share = Shape(warmup=0.0).mean / shape.mean
-        return self._space_clip(lr * share), "set_lr", f"{reason}, times {share:.2f} because the run holds its peak"
+        return 1.0 if self._run.driver.scheduled or not shape.decay else Shape(warmup=0.0).mean / shape.mean
+
+    @property
+    def _start(self) -> float:
+        """The share of what the search says with which the run begins."""
+        return 1.0 if self._run.climbs is None else self._run.climbs.start
+
+    @property
+    def _usual(self) -> float | None:
+        """What is usual for the optimizer as the peak of a run, as the peak of a trial that comes to the same."""
+        usual = usual_lr(self._family())
+        return None if usual is None else usual / self._share
 
     def _fallback(self, result: SearchResult, current: float | None) -> tuple[float, str, str]:
         """Without a recommendation: the current rate, the best finished trial, a default by optimizer family."""
@@ -240,7 +260,7 @@ class LRSearches:
         lr = self._default()
         exploded = min((o.log_lr for o in result.outcomes if o.status == "diverged"), default=math.inf)
         if math.log(lr) >= exploded:
-            lr = self._space_clip(math.exp(exploded) / 10.0)
+            lr = self._settings.clip(math.exp(exploded) / 10.0)
             return lr, "set_lr", f"{problem}: a tenth of the lowest rate that exploded"
         return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}"
 
@@ -255,13 +275,13 @@ class LRSearches:
         if self._run.plan.searchable - self._run.costs.spent >= self._run.trials.probe_cost:
             start, cost = self._run.trials.probe(), self._run.trials.probe_cost
         reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
-        return SearchOutcome(lr, "skip", reason, start=start, cost=cost)
+        return SearchOutcome(lr, "skip", reason, start=start, cost=cost, gain=self._start)
 
     def _family(self) -> str:
         return type(self._run.optimizer).__name__
 
     def _default(self) -> float:
-        return self._space_clip(cautious_lr(self._family()))
+        return self._settings.clip(cautious_lr(self._family()))
 
     def _numbers(self, result: SearchResult, legs: list[Leg]) -> dict[str, Any]:
         recommendation = result.recommendation

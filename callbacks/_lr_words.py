@@ -16,6 +16,17 @@ def rate(state: StageState, before: StageState | None = None) -> dict[str, Any]:
     return numbers if before is None else {**numbers, "previous_lr": before.lr}
 
 
+def climbed(state: StageState, before: StageState, loss: float, best: float) -> tuple[str, dict[str, Any]]:
+    """The held rate moves after windows of training loss, the last of them at ``loss``."""
+    assert state.lr is not None
+    assert before.lr is not None
+    if state.lr > before.lr:
+        reason = f"the training loss, {loss:.4g} where {best:.4g} was best, bears a higher rate: up to {state.lr:.3g}"
+    else:
+        reason = f"the training loss, {loss:.4g} where {best:.4g} was best, gets worse: down to {state.lr:.3g}"
+    return reason, {"train_loss": loss, "best_train_loss": best, **rate(state, before)}
+
+
 def begun(state: StageState, step: int, end_step: int, probe: Probe | None) -> dict[str, Any]:
     """A stage begins at ``step`` and will end at ``end_step``."""
     return {

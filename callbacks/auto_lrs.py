@@ -33,13 +33,15 @@ class AutoLRS(Callback):
 
     Before the first update it tries rates on the trainer's own model, by short trials whose rate decays to zero, all
     from the same weights on the same batches; a Gaussian process over log rate and trial length proposes the next
-    and says which rate suits the whole run. Then the run trains with a short warm-up, holds the rate for half of its
-    known length and decays it linearly to zero. On a doubling clock the forecast is judged, a stage that lost ground
-    is undone, and the rate is searched again when there is a reason. Trials leave no trace, and all they cost is
-    inside ``search_budget``.
+    and says which rate suits the whole run. Then the run trains with a short warm-up, at half a decade below that rate.
+    For half of its known length the rate rises while the training loss gets better and falls while it does not
+    (:mod:`autotune.stage.climb`); from there it decays linearly to zero. On a doubling clock the forecast is judged, a
+    stage that lost ground is undone, and the rate is searched again when there is a reason. Trials leave no trace, and
+    all they cost is inside ``search_budget``.
 
     With a learning-rate scheduler of the user's, what is tuned is a multiplier on it. Under a schedule-free optimizer
-    the rate is held, in trials too, and its average is what trials are judged by.
+    the rate is held, in trials too, and its average is what trials are judged by. In both cases, and where the run's
+    end is not known, the rate begins where the search says and does not climb.
 
     Args:
         min_lr: Lowest rate to consider for the optimizer's first group; None for 1e-6.
@@ -54,6 +56,7 @@ class AutoLRS(Callback):
         seed: Chooses trial and probe batches; the run's own randomness is never touched.
         proposals: ``"bayesian"``; or ``"grid"`` for about as many trials on a fixed log grid, for comparison.
         stop_early: Whether hopeless trials are stopped before their end.
+        climb: Whether a held rate begins below what the search says, and rises while the training loss improves.
 
     Raises:
         ConfigurationError: At construction, for an argument that cannot be served.
@@ -74,10 +77,11 @@ class AutoLRS(Callback):
         seed: int = 0,
         proposals: Proposals = "bayesian",
         stop_early: bool = True,
+        climb: bool = True,
     ) -> None:
         super().__init__()
         self.settings = LRSettings(
-            min_lr, max_lr, search_budget, objective, search, monitor, mode, seed, proposals, stop_early
+            min_lr, max_lr, search_budget, objective, search, monitor, mode, seed, proposals, stop_early, climb
         )
         self._run: LRRun | None = None
         self._saved: dict[str, Any] | None = None

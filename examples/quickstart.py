@@ -205,6 +205,7 @@ def draw(folder: Path, decisions: list[Decision]) -> Path:
         "rollback": "tab:purple",
         "plateau": "tab:brown",
         "setback": "tab:brown",
+        "climb": "tab:orange",
     }
     seen: set[str] = set()
     for decision in decisions:

@@ -21,6 +21,7 @@ _STYLES = {
     "rollback": "bold red",
     "plateau": "yellow",
     "setback": "yellow",
+    "climb": "blue",
     "batch": "cyan",
     "setup": "dim",
     "finish": "bold",

@@ -34,6 +34,7 @@ KINDS = {
     "rollback": "triangle-left",
     "plateau": "triangle-down",
     "setback": "triangle-down",
+    "climb": "cross-thin-open",
     "batch": "triangle-up",
     "finish": "star",
 }

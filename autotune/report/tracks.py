@@ -76,7 +76,7 @@ def learning_rate(run: Run) -> Series | None:
     monitored = [series for name, series in sorted(run.metrics.items()) if name.startswith("lr-")]
     if monitored:
         return monitored[0]
-    return _held(run, "lr", kinds=("search", "rollback", "plateau", "setback", "finish"))
+    return _held(run, "lr", kinds=("search", "rollback", "plateau", "setback", "climb", "finish"))
 
 
 def batch_size(run: Run) -> Series | None:

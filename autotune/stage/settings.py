@@ -35,6 +35,7 @@ class LRSettings:
     seed: int = 0
     proposals: Proposals = "bayesian"
     stop_early: bool = True
+    climb: bool = True
 
     def __post_init__(self) -> None:
         for name in ("min_lr", "max_lr"):
@@ -64,8 +65,9 @@ class LRSettings:
             )
         if not is_count(self.seed, least=0) or self.seed >= 2**32:
             raise ConfigurationError(f"AutoLRS(seed={self.seed!r}): an integer from 0 to 2**32 - 1, e.g. seed=0")
-        if not isinstance(self.stop_early, bool):
-            raise ConfigurationError(f"AutoLRS(stop_early={self.stop_early!r}): True or False")
+        for name in ("stop_early", "climb"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"AutoLRS({name}={getattr(self, name)!r}): True or False")
 
     @property
     def low(self) -> float:
@@ -76,6 +78,10 @@ class LRSettings:
     def high(self) -> float:
         """The highest rate to search."""
         return HIGHEST_LR if self.max_lr is None else float(self.max_lr)
+
+    def clip(self, lr: float) -> float:
+        """The nearest rate between :attr:`low` and :attr:`high`."""
+        return min(max(lr, self.low), self.high)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as primitives."""

@@ -1,0 +1,137 @@
+"""The rate while its peak is held: higher while the training loss gets better, lower while it gets worse.
+
+A search's trials are short, and the best rate of a short run is another one than that of a long run, by half a decade
+either way and with nothing in the trials to tell which (``examples/benchmark/FINDINGS.md``). The run itself tells: so
+it begins below what the trials say, and from then on windows of the training loss, which cost nothing, move the rate.
+Below what the trials say it rises unless the loss gets worse, above it only while the loss gets better. This is the
+greedy rule of feedback schedulers, begun where a search points instead of at a default, aware of the loss's noise,
+kept within a decade and a half of what the search says, and ended when the decay begins, which no feedback disturbs.
+
+=============  =============================================================  ===================
+symbol         meaning                                                        unit
+=============  =============================================================  ===================
+``progress``   share of the run that is done                                  1
+``loss``       mean training loss of the window that is over                  as the user's
+``error``      standard error of that mean, from the spread in the window     as ``loss``
+``gain``       the rate over what the search says                             1
+=============  =============================================================  ===================
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ClimbState:
+    """What evolves; primitives only.
+
+    Attributes:
+        due: Progress at which the present window is over.
+        best: Lowest mean loss of a window so far.
+        better: Windows in a row that spoke for a higher rate.
+        worse: Windows in a row that spoke for a lower one.
+        gain: See the module.
+        risen: Whether the rate may no longer rise: it went too far once, and was taken back.
+    """
+
+    due: float = 0.0
+    best: float = math.inf
+    better: int = 0
+    worse: int = 0
+    gain: float = 1.0
+    risen: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as a dictionary of primitives."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Climb:
+    """Configuration of the rule.
+
+    Attributes:
+        begin: Progress at which the first window begins: the warm-up is over.
+        end: Progress at which the rule rests: the decay begins.
+        window: A window's length, in progress.
+        factor: Of one step up; a step down is its inverse.
+        patience: Windows in a row that it takes for a step, less one.
+        doubt: A window is worse than the best by more than so many standard errors, or it is not.
+        start: The gain with which a run begins.
+        lowest: The gain stays above this.
+        highest: The gain stays below this.
+    """
+
+    begin: float = 0.02
+    end: float = 0.5
+    window: float = 1.0 / 40.0
+    factor: float = 1.0 / 0.7
+    patience: int = 1
+    doubt: float = 1.0
+    start: float = 10**-0.5
+    lowest: float = 10**-1.5
+    highest: float = 10**0.5
+
+    def init(self, gain: float, progress: float = 0.0) -> ClimbState:
+        """Nothing is known of the loss: a run begins, a search has set the rate, or weights were put back."""
+        return ClimbState(due=max(progress, self.begin) + self.window, gain=gain)
+
+    def is_due(self, state: ClimbState, progress: float) -> bool:
+        """Whether a window is over, before the decay has begun."""
+        return state.due <= progress < self.end
+
+    def step(
+        self, state: ClimbState, loss: float, error: float, progress: float, *, rise: bool = True
+    ) -> tuple[ClimbState, float]:
+        """A window is over.
+
+        Args:
+            state: Before it.
+            loss: Mean over it; the window is worse where it is not finite.
+            error: Its standard error; taken for 0 where it is not finite.
+            progress: Now.
+            rise: Whether the rate may rise now.
+
+        Returns:
+            The state after it, and the factor by which the rate changes (1 where it stays).
+
+        >>> climb = Climb(begin=0.0, window=0.1, factor=2.0)
+        >>> state = climb.init(climb.start)
+        >>> for loss in (3.0, 2.0, 2.05, 2.05, 2.4, 2.4):
+        ...     state, factor = climb.step(state, loss, 0.1, state.due)
+        ...     print(factor)
+        1.0
+        2.0
+        1.0
+        2.0
+        1.0
+        0.5
+        """
+        margin = self.doubt * error if math.isfinite(error) else 0.0
+        worse = not loss <= state.best + margin
+        better = loss < state.best or (not worse and state.gain < 1.0 - 1e-9)
+        state = replace(
+            state,
+            due=max(state.due, progress - 0.5 * self.window) + self.window,
+            best=min(loss, state.best) if math.isfinite(loss) else state.best,
+            better=state.better + 1 if better else 0,
+            worse=state.worse + 1 if worse else 0,
+        )
+        if max(state.better, state.worse) <= self.patience:
+            return state, 1.0
+        wanted = self.factor if better else 1.0 / self.factor
+        if wanted > 1.0 and (state.risen or not rise):
+            wanted = 1.0
+        gain = min(max(state.gain * wanted, self.lowest), self.highest)
+        return replace(state, better=0, worse=0, gain=gain), gain / state.gain
+
+    def searched(self, state: ClimbState, gain: float, progress: float) -> ClimbState:
+        """A search has set the rate, to so much of what it says."""
+        return replace(self.init(gain, progress), risen=state.risen)
+
+    def taken_back(self, state: ClimbState, progress: float) -> ClimbState:
+        """The rate went too far and was lowered by somebody else: from now on it only falls."""
+        return replace(self.init(state.gain, progress), risen=True)

@@ -1,0 +1,116 @@
+"""The climb: when the held rate rises, when it falls, when it rests, and how far it may go."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.stage.climb import Climb, ClimbState
+
+
+def played(climb, losses, state=None, error=0.0, **options):
+    """The states after each of some windows, the first included."""
+    states = [climb.init(climb.start) if state is None else state]
+    for loss in losses:
+        states.append(climb.step(states[-1], loss, error, states[-1].due, **options)[0])
+    return states
+
+
+def gains(states):
+    return [state.gain for state in states]
+
+
+class TestDirection:
+    def test_a_loss_that_improves_takes_the_rate_up_to_its_limit(self):
+        climb = Climb()
+        states = played(climb, [1.0 / n for n in range(1, 40)])
+        assert gains(states) == sorted(gains(states))
+        assert states[-1].gain == climb.highest
+
+    def test_a_loss_that_gets_worse_takes_it_down_to_its_limit(self):
+        climb = Climb()
+        states = played(climb, range(1, 60))
+        # The first window has nothing to be worse than.
+        assert gains(states[1:]) == sorted(gains(states[1:]), reverse=True)
+        assert states[-1].gain == climb.lowest
+
+    def test_on_a_level_stretch_it_comes_as_far_as_the_search_says(self):
+        climb = Climb()
+        states = played(climb, [1.0] * 60)
+        assert 1.0 <= states[-1].gain < climb.factor
+
+    def test_above_what_the_search_says_a_level_loss_leaves_it(self):
+        climb = Climb()
+        assert set(gains(played(climb, [1.0] * 60, climb.init(1.0))[1:])) == {1.0}
+
+    @pytest.mark.parametrize(("error", "falls"), [(0.0, True), (0.05, True), (0.2, False)])
+    def test_noise_does_not_lower_it(self, error, falls):
+        climb = Climb()
+        states = played(climb, [1.0, 1.1, 1.1], climb.init(1.0), error)
+        assert (states[-1].gain < 1.0) == falls
+
+    def test_one_window_does_not_move_it(self):
+        climb = Climb()
+        assert set(gains(played(climb, [1.0, 2.0, 0.9, 2.0, 0.8, 2.0], climb.init(1.0)))) == {1.0}
+
+    @pytest.mark.parametrize("loss", [math.nan, math.inf])
+    def test_a_loss_that_is_not_finite_is_worse(self, loss):
+        climb = Climb()
+        states = played(climb, [1.0, loss, loss], climb.init(1.0), error=math.nan)
+        assert states[-1].gain == pytest.approx(1.0 / climb.factor)
+        assert states[-1].best == 1.0
+
+    def test_it_does_not_rise_while_it_must_not(self):
+        climb = Climb()
+        assert set(gains(played(climb, [1.0 / n for n in range(1, 20)], rise=False))) == {climb.start}
+
+
+class TestTaking:
+    def test_what_was_taken_back_only_falls(self):
+        climb = Climb()
+        state = climb.taken_back(replace(climb.init(1.0), best=0.1), 0.2)
+        assert state.best == math.inf, "the loss of other weights says nothing"
+        assert set(gains(played(climb, [1.0 / n for n in range(1, 20)], state))) == {1.0}
+        assert played(climb, range(1, 20), state)[-1].gain < 1.0
+
+    def test_a_search_does_not_make_it_rise_again(self):
+        climb = Climb()
+        state = climb.searched(climb.taken_back(climb.init(1.0), 0.2), 1.0, 0.3)
+        assert state.risen
+        assert state.due == pytest.approx(0.3 + climb.window)
+
+
+class TestClock:
+    def test_it_rests_in_the_warm_up_and_in_the_decay(self):
+        climb = Climb(begin=0.1, end=0.5, window=0.05)
+        state, times = climb.init(climb.start), []
+        for tick in range(1000):
+            if climb.is_due(state, tick / 1000):
+                times.append(tick / 1000)
+                state, _ = climb.step(state, 1.0, 0.0, tick / 1000)
+        assert times == pytest.approx([0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45], abs=2e-3)
+
+    def test_windows_that_were_missed_are_not_made_up_for(self):
+        climb = Climb()
+        state, _ = climb.step(climb.init(1.0), 1.0, 0.0, 0.4)
+        assert 0.4 < state.due <= 0.4 + climb.window
+
+
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=60),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from([1.0, 10**-0.5]),
+)
+def test_whatever_comes_it_stays_in_reach_and_says_what_it_does(losses, error, gain):
+    climb = Climb()
+    state = climb.init(gain)
+    for loss in losses:
+        before = state
+        state, factor = climb.step(state, loss, error, state.due)
+        assert climb.lowest <= state.gain <= climb.highest
+        assert state.gain == pytest.approx(before.gain * factor)
+        assert state.due > before.due
+        assert ClimbState(**json.loads(json.dumps(state.to_dict()))) == state
