@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autotune.callbacks import _lr_words as words
 from autotune.callbacks._losses import LossWatch
+from autotune.callbacks._lr_climb import HeldRate
 from autotune.callbacks._lr_ledger import BestWeights, Costs
 from autotune.callbacks._lr_plan import LRPlan
 from autotune.callbacks._lr_saved import SavedRun
@@ -25,7 +26,6 @@ from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.rates import RateDriver
 from autotune.callbacks._trials import Trials
 from autotune.decision import Decision
-from autotune.stage.climb import Climb, ClimbState
 from autotune.stage.machine import Probe, StageState
 from autotune.stage.outlook import Outlook, look_ahead
 from autotune.stage.settings import LRSettings
@@ -56,7 +56,7 @@ class LRRun:
         self.trainer = trainer
         self.decisions = decisions
         self.state = StageState()
-        self.climb = ClimbState()
+        self.climb = HeldRate(self)
         self.costs = Costs()
         self._log = RunLog.of(trainer)
         self.optimizer = optimizer = trainer.optimizers[0]
@@ -88,11 +88,6 @@ class LRRun:
         """Steps that searching may still cost now."""
         return self.plan.budget.left(self.costs.spent, self.step, self.costs.first)
 
-    @property
-    def climbs(self) -> Climb | None:
-        """How the held rate moves; None where it does not, as under a user's scheduler, which moves it itself."""
-        return None if self.driver.scheduled else self.plan.climb
-
     # ------------------------------------------------------------------ moves
 
     def before_update(self) -> None:
@@ -103,8 +98,7 @@ class LRRun:
         if self.watch.trouble or self.watch.broken or self.plan.machine.due(self.state, progress):
             with self.saved.as_one():
                 self._do_what_is_due(progress)
-        if self.climbs is not None and self.climbs.is_due(self.climb, progress):
-            self._climb(self.climbs, progress)
+        self.climb.move(progress)
         assert self.state.lr is not None
         self.driver.apply(self.state.lr, self.plan.shape(progress))
 
@@ -199,25 +193,8 @@ class LRRun:
         found = {"index": before.searches, "monitor": self.trials.monitor}
         numbers = {**outcome.numbers, **words.rate(self.state, before), **found}
         self.record("search", outcome.action, outcome.reason, numbers=numbers, cost=outcome.cost)
-        if self.climbs is not None and (before.lr is None or self.state.lr != before.lr):
-            self.climb = self.climbs.searched(self.climb, outcome.gain, progress)
+        self.climb.searched(before.lr, outcome.gain, progress)
         return outcome
-
-    def _climb(self, climbs: Climb, progress: float) -> None:
-        (loss, error), before = self.watch.empty_window(), self.state
-        self.climb, factor = climbs.step(self.climb, loss, error, progress, rise=not before.bad)
-        assert before.lr is not None
-        lr = self.settings.clip(before.lr * factor)
-        # A grown batch may have taken the rate past the user's bounds, where it stays.
-        lr = max(lr, before.lr) if factor > 1.0 else min(lr, before.lr) if factor < 1.0 else before.lr
-        if lr != before.lr:
-            self.state = replace(before, lr=lr)
-            reason, numbers = words.climbed(self.state, before, loss, self.climb.best)
-            self.record("climb", "raise" if lr > before.lr else "lower", reason, numbers=numbers)
-
-    def _take_back(self, progress: float) -> None:
-        if self.climbs is not None:
-            self.climb = self.climbs.taken_back(self.climb, progress)
 
     def _begin_stage(self, progress: float, probe: Probe | None) -> None:
         best = self.state.best_probe
@@ -268,13 +245,12 @@ class LRRun:
         self._judge(before, probe, evidence)
         if verdict == "roll_back":
             self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")
-            self._take_back(progress)
             probe = before.best_probe or probe
         elif verdict == "decay":
             self.record("plateau", "decay", evidence[0], numbers=words.rate(self.state, before))
         elif verdict == "lower":
             self.record("setback", "lower", evidence[0], numbers=words.rate(self.state, before))
-            self._take_back(progress)
+            self.climb.taken_back(progress)
         elif verdict == "search":
             self._run_search(progress, "; ".join(evidence) or "a stage has ended")
         self._begin_stage(progress, probe)
@@ -289,13 +265,13 @@ class LRRun:
         self.state, verdict = self.plan.machine.failed(self.state)
         if verdict == "roll_back":
             self._roll_back(before, why)
-            self._take_back(progress)
             self._begin_stage(progress, before.best_probe)
         else:
             self.record("rollback", "keep", f"{why}; going back does not help, so training goes on", numbers={})
 
     def _roll_back(self, before: StageState, why: str) -> None:
         self.best.restore()
+        self.climb.taken_back(self.plan.progress)
         numbers = words.rolled_back(self.state, before, self.step)
         reason = f"{why}: back to the weights of step {before.best_step}, at a lower rate"
         self.record("rollback", "roll_back", reason, numbers=numbers, cost=numbers["lost_steps"])
@@ -309,18 +285,12 @@ class LRRun:
 
     def scalars(self) -> dict[str, float]:
         """What goes to the loggers at every logging step."""
-        return {
-            "lr": self.driver.last,
-            "peak_lr": math.nan if self.state.lr is None else self.state.lr,
-            "stage": self.state.index,
-            "trial_steps": self.costs.trial_steps,
-            "search_cost_steps": self.costs.spent,
-        }
+        return {"lr": self.driver.last, **words.scalars(self.costs, self.state)}
 
     def _move_clock(self, scale: float, was: str) -> None:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""
         self.state = self.plan.moved(self.state, scale)
-        self.climb = replace(self.climb, due=self.climb.due * scale)
+        self.climb.clock_moved(scale)
         horizon = self.plan.horizon
         self._replan(f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew")
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from autotune.callbacks._lr_ledger import Costs
 from autotune.decision import Decision
-from autotune.stage.climb import ClimbState
 from autotune.stage.machine import StageState
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class SavedRun:
         run, probe = self._run, self._run.trials.probe_set
         return {
             "stage": run.state.to_dict(),
-            "climb": run.climb.to_dict(),
+            "climb": run.climb.state_dict(),
             "costs": run.costs.state_dict(),
             "watch": run.watch.state_dict(),
             "plan": run.plan.state_dict(),
@@ -66,7 +65,7 @@ class SavedRun:
         """
         run = self._run
         run.state, run.costs = StageState.from_dict(saved["stage"]), Costs(**saved["costs"])
-        run.climb = ClimbState(**saved["climb"])
+        run.climb.load_state_dict(saved["climb"])
         run.watch.load_state_dict(saved["watch"])
         self.probe = saved["probe"]
         if run.state.index:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from autotune.callbacks import _lr_words as words
 from autotune.callbacks._trial import PlannedLeg
 from autotune.callbacks._trials import SearchResult
 from autotune.search import (
@@ -185,9 +186,9 @@ class LRSearches:
         gain = 1.0
         if found is not None and math.isfinite(found.log_lr):
             lr, action, reason = self._answer(found, current)
-            gain = self._start if current is None else 1.0
+            gain = self._run.climb.start if current is None else 1.0
         reason = f"{reason} (searched because {why})"
-        numbers = self._numbers(result, legs)
+        numbers = words.searched(result, legs)
         return SearchOutcome(
             lr,
             action,
@@ -203,7 +204,7 @@ class LRSearches:
 
     def _promised(self, result: SearchResult, leg: Leg, lr: float) -> float:
         # The published trials' losses are extrapolations; a rate that climbs begins below every trial's.
-        if self._settings.objective == "forecast" or self._run.climbs is not None:
+        if self._settings.objective == "forecast" or self._run.climb.rule is not None:
             return math.nan
         ends = [o for o in result.outcomes if o.status == "finished" and o.horizon_steps == leg.steps]
         nearest = min(ends, key=lambda o: abs(o.log_lr - math.log(lr)), default=None)
@@ -224,7 +225,7 @@ class LRSearches:
         """The first peak: the run's mean rate is to be that of the trial it rests on, which holds no peak."""
         if (share := self._share) != 1.0:
             lr, reason = lr * share, f"{reason}, times {share:.2f} because the run holds its peak"
-        if (start := self._start) != 1.0:
+        if (start := self._run.climb.start) != 1.0:
             lr, reason = lr * start, f"{reason}, times {start:.2f} because it can rise from there"
         return self._settings.clip(lr), "set_lr", reason
 
@@ -233,11 +234,6 @@ class LRSearches:
         """A trial's mean share of its peak over the run's: a run that holds its peak bears less of it."""
         shape = self._run.plan.shape
         return 1.0 if self._run.driver.scheduled or not shape.decay else Shape(warmup=0.0).mean / shape.mean
-
-    @property
-    def _start(self) -> float:
-        """The share of what the search says with which the run begins."""
-        return 1.0 if self._run.climbs is None else self._run.climbs.start
 
     @property
     def _usual(self) -> float | None:
@@ -275,46 +271,10 @@ class LRSearches:
         if self._run.plan.searchable - self._run.costs.spent >= self._run.trials.probe_cost:
             start, cost = self._run.trials.probe(), self._run.trials.probe_cost
         reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
-        return SearchOutcome(lr, "skip", reason, start=start, cost=cost, gain=self._start)
+        return SearchOutcome(lr, "skip", reason, start=start, cost=cost, gain=self._run.climb.start)
 
     def _family(self) -> str:
         return type(self._run.optimizer).__name__
 
     def _default(self) -> float:
         return self._settings.clip(cautious_lr(self._family()))
-
-    def _numbers(self, result: SearchResult, legs: list[Leg]) -> dict[str, Any]:
-        recommendation = result.recommendation
-        table = () if recommendation is None else recommendation.table
-        return {
-            "horizon_steps": legs[-1].steps,
-            "legs": [[leg.candidates, leg.steps] for leg in legs],
-            "initial_loss": result.start.loss,
-            "candidates": [
-                {
-                    "lr": math.exp(outcome.log_lr),
-                    "horizon_steps": outcome.horizon_steps,
-                    "steps": outcome.steps,
-                    "loss": outcome.loss,
-                    "status": outcome.status,
-                    "reason": reason,
-                    "curve": _thinned(outcome.curve),
-                }
-                for outcome, reason in zip(result.outcomes, result.reasons, strict=True)
-            ],
-            "posterior": {
-                "lr": [row.lr for row in table],
-                "mean": [row.mean for row in table],
-                "sd": [row.sd for row in table],
-                "acquisition": [row.acquisition for row in table],
-            },
-            "seconds": result.seconds,
-            "trial_steps": result.trial_steps,
-        }
-
-
-def _thinned(curve: tuple[float, ...], points: int = 100) -> list[list[float]]:
-    """At most ``points`` of a curve as (step, loss), the last one among them."""
-    stride = max(1, math.ceil(len(curve) / points))
-    kept = {*range(0, len(curve), stride), len(curve) - 1} if curve else set()
-    return [[float(step), curve[step]] for step in sorted(kept)]

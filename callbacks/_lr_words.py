@@ -6,14 +6,54 @@ import math
 from typing import Any
 
 from autotune.callbacks._lr_ledger import Costs
+from autotune.callbacks._trials import SearchResult
 from autotune.stage.machine import Probe, StageState
 from autotune.stage.outlook import Outlook
+from autotune.stage.policy import Leg
 
 
 def rate(state: StageState, before: StageState | None = None) -> dict[str, Any]:
     """The peak (under a user's scheduler the multiplier), and the one before where it has changed."""
     numbers: dict[str, Any] = {"lr": state.lr, "multiplier": state.lr}
     return numbers if before is None else {**numbers, "previous_lr": before.lr}
+
+
+def searched(result: SearchResult, legs: list[Leg]) -> dict[str, Any]:
+    """What a search tried, what it saw, and what the surrogate makes of it."""
+    recommendation = result.recommendation
+    table = () if recommendation is None else recommendation.table
+    return {
+        "horizon_steps": legs[-1].steps,
+        "legs": [[leg.candidates, leg.steps] for leg in legs],
+        "initial_loss": result.start.loss,
+        "candidates": [
+            {
+                "lr": math.exp(outcome.log_lr),
+                "horizon_steps": outcome.horizon_steps,
+                "steps": outcome.steps,
+                "loss": outcome.loss,
+                "status": outcome.status,
+                "reason": reason,
+                "curve": _thinned(outcome.curve),
+            }
+            for outcome, reason in zip(result.outcomes, result.reasons, strict=True)
+        ],
+        "posterior": {
+            "lr": [row.lr for row in table],
+            "mean": [row.mean for row in table],
+            "sd": [row.sd for row in table],
+            "acquisition": [row.acquisition for row in table],
+        },
+        "seconds": result.seconds,
+        "trial_steps": result.trial_steps,
+    }
+
+
+def _thinned(curve: tuple[float, ...], points: int = 100) -> list[list[float]]:
+    """At most ``points`` of a curve as (step, loss), the last one among them."""
+    stride = max(1, math.ceil(len(curve) / points))
+    kept = {*range(0, len(curve), stride), len(curve) - 1} if curve else set()
+    return [[float(step), curve[step]] for step in sorted(kept)]
 
 
 def climbed(state: StageState, before: StageState, loss: float, best: float) -> tuple[str, dict[str, Any]]:
@@ -25,6 +65,16 @@ def climbed(state: StageState, before: StageState, loss: float, best: float) -> 
     else:
         reason = f"the training loss, {loss:.4g} where {best:.4g} was best, gets worse: down to {state.lr:.3g}"
     return reason, {"train_loss": loss, "best_train_loss": best, **rate(state, before)}
+
+
+def scalars(costs: Costs, state: StageState) -> dict[str, float]:
+    """The peak, the stage and the cost so far, for the loggers."""
+    return {
+        "peak_lr": math.nan if state.lr is None else state.lr,
+        "stage": state.index,
+        "trial_steps": costs.trial_steps,
+        "search_cost_steps": costs.spent,
+    }
 
 
 def begun(state: StageState, step: int, end_step: int, probe: Probe | None) -> dict[str, Any]:

@@ -169,6 +169,13 @@ class LoopMeter:
                 "examples cannot be told apart (batch normalisation, or layers without per-example gradients); at "
                 "large learning rates it reads too high. Trainer(accumulate_grad_batches=2) gives a better source",
             )
+            if self.extras.inner or self.extras.coordinate:
+                self._tell(
+                    "nothing to read",
+                    "the inner-product, augmented and coordinate rules read single examples or several micro-batches, "
+                    "and here are neither: the batch will not grow. Set Trainer(accumulate_grad_batches=2) or more, or "
+                    "take rule='noise_scale' or rule='norm'",
+                )
 
     def _metric(self, trainer: Any) -> Metric | None:
         return adam_metric(trainer.optimizers[0]) if self.preconditioned else None

@@ -1,3 +1,5 @@
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -352,6 +354,26 @@ def test_loaders_of_a_datamodule_and_reloading_every_epoch(tmp_path):
 def test_bad_arguments(bad):
     with pytest.raises(ConfigurationError):
         AdaptiveBatchSize(**bad)
+
+
+class Coupled(Weighing):
+    """Its examples cannot be told apart, so that two updates are compared where there is one micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1, affine=False)
+
+
+@pytest.mark.parametrize("rule", ["inner_product", "augmented", "coordinate"])
+def test_a_rule_that_has_nothing_to_read_says_so(tmp_path, rule):
+    callback = AdaptiveBatchSize(max_batch_size=16, rule=rule, every_n_steps=3)
+    with pytest.warns(UserWarning, match="the batch will not grow.*accumulate_grad_batches=2"):
+        fit(tmp_path, callback, Coupled())
+    assert callback.batch_size == 4
+    again = AdaptiveBatchSize(max_batch_size=16, rule=rule, every_n_steps=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*will not grow")
+        fit(tmp_path / "cured", again, Coupled(), accumulate_grad_batches=2)
 
 
 def test_the_default_leaves_32_updates_an_epoch(tmp_path):

@@ -187,6 +187,7 @@ class TestMonitor:
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"stop_early": 1}, "stop_early=1"),
+        ({"climb": "yes"}, "climb='yes'"),
     ],
 )
 def test_arguments(arguments, match):

@@ -78,7 +78,8 @@ def test_at_a_saddle_it_is_what_is_usual_for_the_optimizer(tmp_path, updates, le
     trials = first.numbers["candidates"]
     assert min(one["loss"] for one in trials) >= first.numbers["initial_loss"]
     longest = [one for one in trials if one["horizon_steps"] == trials[-1]["horizon_steps"]]
-    assert longest[0]["lr"] == pytest.approx(3e-3)
+    # A run holds its peak and a trial does not: what is usual for the one is .68 of what is for the other.
+    assert longest[0]["lr"] == pytest.approx(3e-3 / 0.68, rel=0.01)
     assert "usual" in longest[0]["reason"]
-    assert first.numbers["lr"] == pytest.approx(0.68 * 3e-3, rel=0.01)
+    assert first.numbers["lr"] == pytest.approx(10**-0.5 * 3e-3, rel=0.01)
     assert "usual" in first.reason

@@ -74,6 +74,7 @@ OTHER = {
         "seed": 7,
         "proposals": "grid",
         "stop_early": False,
+        "climb": False,
     },
     "AdaptiveBatchSize": {
         "max_batch_size": 512,
