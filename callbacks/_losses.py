@@ -21,7 +21,8 @@ class LossWatch:
         first: Median of the run's first lot (NaN until then).
         trouble: Why the run has to go back; empty while all is well.
         broken: Why the stage has to be looked at now; empty while all is well.
-        window: Of the losses read since it was last emptied.
+        window: The losses read since it was last emptied; what is not finite is only counted, in ``in_window``.
+        in_window: How many were read.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class LossWatch:
         self.trouble = ""
         self.broken = ""
         self.window = LossTrace(bins=1)
+        self.in_window = 0
         self._lowest = math.inf
         self._pending: list[tuple[int, Tensor | float]] = []
         self._limits: list[list[float]] = []
@@ -57,13 +59,14 @@ class LossWatch:
 
     def empty_window(self) -> tuple[float, float]:
         """Mean of the window's losses and its standard error (NaN below two of them); the next window begins."""
-        window, self.window = self.window, LossTrace(bins=1)
+        window, self.window, self.in_window = self.window, LossTrace(bins=1), 0
         return window.recent(1)
 
     def read(self) -> None:
         """Reads what is pending and judges it."""
         values = [(step, float(loss)) for step, loss in self._pending]
         self._pending = []
+        self.in_window += len(values)
         for step, value in values:
             self.trace.add(step, value)
             self.window.add(step, value)
@@ -97,6 +100,7 @@ class LossWatch:
         return {
             "trace": self.trace.state_dict(),
             "window": self.window.state_dict(),
+            "in_window": self.in_window,
             "first": self.first,
             "trouble": self.trouble,
             "broken": self.broken,
@@ -109,6 +113,7 @@ class LossWatch:
         """The inverse of :meth:`state_dict`."""
         self.trace.load_state_dict(saved["trace"])
         self.window.load_state_dict(saved["window"])
+        self.in_window = int(saved["in_window"])
         self.first, self._lowest = saved["first"], saved["lowest"]
         self.trouble, self.broken = saved["trouble"], saved["broken"]
         self._pending = [(int(step), float(loss)) for step, loss in saved["pending"]]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autotune.callbacks import _lr_words as words
+from autotune.callbacks._losses import LOT
 from autotune.stage.climb import Climb, ClimbState
 
 if TYPE_CHECKING:
@@ -36,31 +37,47 @@ class HeldRate:
     def move(self, progress: float) -> None:
         """Where a window is over: the rate rises, falls or stays, and a move is recorded."""
         run, rule, before = self._run, self.rule, self._run.state
-        if rule is None or before.lr is None or not rule.is_due(self._state, progress):
+        if rule is None or before.lr is None:
             return
+        if progress < rule.begin:
+            run.watch.empty_window()
+        # Fewer losses than were planned come of a batch that has grown, or of a time limit: the window waits for them.
+        if not rule.is_due(self._state, progress) or run.watch.in_window < LOT:
+            return
+        past = self._state
         loss, error = run.watch.empty_window()
-        self._state, factor = rule.step(self._state, loss, error, progress, rise=not before.bad)
-        lr = run.settings.clip(before.lr * factor)
-        # A grown batch may have taken the rate past the user's bounds, where it stays.
-        lr = max(lr, before.lr) if factor > 1.0 else min(lr, before.lr) if factor < 1.0 else before.lr
+        self._state, factor = rule.step(past, loss, error, progress, rise=not before.bad)
+        # A grown batch may have taken the rate past the user's bounds.
+        low, high = min(run.settings.low, before.lr), max(run.settings.high, before.lr)
+        lr = min(max(before.lr * factor, low), high)
+        self._state = replace(self._state, gain=past.gain * lr / before.lr)
         if lr != before.lr:
             run.state = replace(before, lr=lr)
-            reason, numbers = words.climbed(run.state, before, loss, self._state.best)
+            reason, numbers = words.climbed(run.state, before, loss, past.best)
             run.record("climb", "raise" if lr > before.lr else "lower", reason, numbers=numbers)
 
     def searched(self, before: float | None, gain: float, progress: float) -> None:
         """A search has been made, and may have set the rate anew, to so much of what it says."""
-        if self.rule is not None and self._run.state.lr != before:
-            self._state = self.rule.searched(self._state, gain, progress)
+        if self._run.state.lr != before:
+            self._begin(gain, progress)
 
-    def taken_back(self, progress: float) -> None:
-        """The run has gone back, or its rate was lowered."""
+    def taken_back(self, before: float | None, progress: float) -> None:
+        """The rate was lowered because it was too high, or because the run went back: from now on it only falls."""
+        lr = self._run.state.lr
+        factor = 1.0 if before is None or lr is None else lr / before
+        self._state = replace(self._state, capped=True)
+        self._begin(self._state.gain * factor, progress)
+
+    def clock_moved(self, progress: float) -> None:
+        """The run's end has moved: windows have another length, and losses before them another rate's shape."""
+        self._begin(self._state.gain, progress)
+
+    def _begin(self, gain: float, progress: float) -> None:
+        """Nothing is known of the loss: what was read is of other weights, another rate or another plan."""
+        self._run.watch.empty_window()
+        self._state = ClimbState(gain=gain, capped=self._state.capped)
         if self.rule is not None:
-            self._state = self.rule.taken_back(self._state, progress)
-
-    def clock_moved(self, scale: float) -> None:
-        """The run's end has moved."""
-        self._state = replace(self._state, due=self._state.due * scale)
+            self._state = replace(self._state, due=self.rule.first_due(progress))
 
     def state_dict(self) -> dict[str, Any]:
         """As primitives."""

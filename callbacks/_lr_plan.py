@@ -68,9 +68,12 @@ class LRPlan:
         self.climb = self._climb(resolution) if self._settings.climb and self.shape.decay else None
 
     def _climb(self, resolution: float) -> Climb:
-        """While the peak is held; a window holds a lot of losses at least."""
-        climb = Climb(begin=self.shape.warmup, end=self.shape.decay_from)
-        return replace(climb, window=max(climb.window, LOT * resolution))
+        """While the peak is held. A window holds a lot of losses; a short run begins where it can come back from."""
+        lot = LOT * resolution  # after which the last loss of the warm-up has been read
+        climb = Climb(begin=self.shape.warmup + lot, end=self.shape.decay_from)
+        window = max(climb.window, lot)
+        moves = int((climb.end - climb.begin) / window) // (climb.patience + 1)
+        return replace(climb, window=window, start=max(climb.start, climb.factor**-moves))
 
     def _published_machine(self, updates: float) -> StageMachine:
         """AutoLRS's clock. On runs too short for it the stages keep their ratios: 1, 2, 4, 8 of fifteen parts."""

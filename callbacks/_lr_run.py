@@ -250,7 +250,7 @@ class LRRun:
             self.record("plateau", "decay", evidence[0], numbers=words.rate(self.state, before))
         elif verdict == "lower":
             self.record("setback", "lower", evidence[0], numbers=words.rate(self.state, before))
-            self.climb.taken_back(progress)
+            self.climb.taken_back(before.lr, progress)
         elif verdict == "search":
             self._run_search(progress, "; ".join(evidence) or "a stage has ended")
         self._begin_stage(progress, probe)
@@ -271,7 +271,7 @@ class LRRun:
 
     def _roll_back(self, before: StageState, why: str) -> None:
         self.best.restore()
-        self.climb.taken_back(self.plan.progress)
+        self.climb.taken_back(before.lr, self.plan.progress)
         numbers = words.rolled_back(self.state, before, self.step)
         reason = f"{why}: back to the weights of step {before.best_step}, at a lower rate"
         self.record("rollback", "roll_back", reason, numbers=numbers, cost=numbers["lost_steps"])
@@ -290,7 +290,7 @@ class LRRun:
     def _move_clock(self, scale: float, was: str) -> None:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""
         self.state = self.plan.moved(self.state, scale)
-        self.climb.clock_moved(scale)
+        self.climb.clock_moved(self.plan.progress)
         horizon = self.plan.horizon
         self._replan(f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew")
 

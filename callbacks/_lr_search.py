@@ -71,6 +71,10 @@ class SearchOutcome:
     gain: float = 1.0
 
 
+#: Rate, action, reason, and the rate as a share of what was found.
+_Answer = tuple[float, str, str, float]
+
+
 class LRSearches:
     """Plans and runs the searches of one fit.
 
@@ -104,7 +108,7 @@ class LRSearches:
             return self._published_leg(whole if run.state.searches == 0 else run.left)
         if run.state.searches == 0:
             left = whole - run.costs.spent
-            usual = self._usual
+            usual = usual_lr(self._family())
             known = usual is not None and self._space.contains(math.log(usual))
             centred = known and self._settings.proposals != "grid"
             return self.policy.first(left, probe, centred=centred), left
@@ -182,11 +186,9 @@ class LRSearches:
 
     def _decided(self, result: SearchResult, legs: list[Leg], current: float | None, why: str) -> SearchOutcome:
         found = result.recommendation
-        lr, action, reason = self._fallback(result, current)
-        gain = 1.0
+        lr, action, reason, gain = self._fallback(result, current)
         if found is not None and math.isfinite(found.log_lr):
-            lr, action, reason = self._answer(found, current)
-            gain = self._run.climb.start if current is None else 1.0
+            lr, action, reason, gain = self._answer(found, current)
         reason = f"{reason} (searched because {why})"
         numbers = words.searched(result, legs)
         return SearchOutcome(
@@ -210,24 +212,26 @@ class LRSearches:
         nearest = min(ends, key=lambda o: abs(o.log_lr - math.log(lr)), default=None)
         return math.nan if nearest is None else nearest.loss
 
-    def _answer(self, found: Recommendation, current: float | None) -> tuple[float, str, str]:
+    def _answer(self, found: Recommendation, current: float | None) -> _Answer:
         lr = self._settings.clip(math.exp(found.log_lr))
         if self._settings.objective == "forecast":
-            return lr, "set_lr", found.reason
+            return lr, "set_lr", found.reason, 1.0
         if current is None:
             return self._opening(lr, found.reason)
         promised = f"{found.gap:.2f} +- {found.gap_sd:.2f} of a trial's progress"
         if math.isfinite(found.gap) and found.gap > max(_WORTH_CHANGING, found.gap_sd):
-            return lr, "set_lr", f"a change promises {promised}: {found.reason}"
-        return current, "keep_lr", f"a change promises only {promised}"
+            return lr, "set_lr", f"a change promises {promised}: {found.reason}", 1.0
+        return current, "keep_lr", f"a change promises only {promised}", 1.0
 
-    def _opening(self, lr: float, reason: str) -> tuple[float, str, str]:
+    def _opening(self, lr: float, reason: str) -> _Answer:
         """The first peak: the run's mean rate is to be that of the trial it rests on, which holds no peak."""
         if (share := self._share) != 1.0:
             lr, reason = lr * share, f"{reason}, times {share:.2f} because the run holds its peak"
         if (start := self._run.climb.start) != 1.0:
-            lr, reason = lr * start, f"{reason}, times {start:.2f} because it can rise from there"
-        return self._settings.clip(lr), "set_lr", reason
+            reason = f"{reason}, times {start:.2f} because it can rise from there"
+        answer = self._settings.clip(lr)
+        lr = self._settings.clip(answer * start)
+        return lr, "set_lr", reason, lr / answer
 
     @property
     def _share(self) -> float:
@@ -241,24 +245,24 @@ class LRSearches:
         usual = usual_lr(self._family())
         return None if usual is None else usual / self._share
 
-    def _fallback(self, result: SearchResult, current: float | None) -> tuple[float, str, str]:
+    def _fallback(self, result: SearchResult, current: float | None) -> _Answer:
         """Without a recommendation: the current rate, the best finished trial, a default by optimizer family."""
         if not math.isfinite(result.start.loss):
             problem = f"the loss is {result.start.loss} before any trial, so there is nothing to search by"
         else:
             problem = result.problem or "no trial could be ranked"
         if current is not None:
-            return current, "keep_lr", f"{problem}: the current rate stays"
+            return current, "keep_lr", f"{problem}: the current rate stays", 1.0
         finished = [outcome for outcome in result.outcomes if outcome.status == "finished"]
         if finished:
             best = min(finished, key=lambda outcome: outcome.loss)
-            return math.exp(best.log_lr), "set_lr", f"{problem}: the best finished trial's rate"
+            return self._opening(math.exp(best.log_lr), f"{problem}: the best finished trial's rate")
         lr = self._default()
         exploded = min((o.log_lr for o in result.outcomes if o.status == "diverged"), default=math.inf)
         if math.log(lr) >= exploded:
             lr = self._settings.clip(math.exp(exploded) / 10.0)
-            return lr, "set_lr", f"{problem}: a tenth of the lowest rate that exploded"
-        return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}"
+            return lr, "set_lr", f"{problem}: a tenth of the lowest rate that exploded", 1.0
+        return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}", self._run.climb.start
 
     def _skipped(self, why: str) -> SearchOutcome:
         current = self._run.state.lr

@@ -25,7 +25,7 @@ from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
 from autotune.stage.settings import LRSettings, Mode, Objective, Proposals, SearchWhen
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 
 class AutoLRS(Callback):
@@ -34,13 +34,13 @@ class AutoLRS(Callback):
     Before the first update it tries rates on the trainer's own model, by short trials whose rate decays to zero, all
     from the same weights on the same batches; a Gaussian process over log rate and trial length proposes the next
     and says which rate suits the whole run. Then the run trains with a short warm-up, at half a decade below that rate.
-    For half of its known length the rate rises while the training loss gets better and falls while it does not
+    For half of its known length the rate rises while the training loss gets better and falls while it gets worse
     (:mod:`autotune.stage.climb`); from there it decays linearly to zero. On a doubling clock the forecast is judged, a
     stage that lost ground is undone, and the rate is searched again when there is a reason. Trials leave no trace, and
     all they cost is inside ``search_budget``.
 
     With a learning-rate scheduler of the user's, what is tuned is a multiplier on it. Under a schedule-free optimizer
-    the rate is held, in trials too, and its average is what trials are judged by. In both cases, and where the run's
+    the rate is held, in trials too, and its average is what trials are judged by. In both cases, and while the run's
     end is not known, the rate begins where the search says and does not climb.
 
     Args:

@@ -3,9 +3,10 @@
 A search's trials are short, and the best rate of a short run is another one than that of a long run, by half a decade
 either way and with nothing in the trials to tell which (``examples/benchmark/FINDINGS.md``). The run itself tells: so
 it begins below what the trials say, and from then on windows of the training loss, which cost nothing, move the rate.
-Below what the trials say it rises unless the loss gets worse, above it only while the loss gets better. This is the
-greedy rule of feedback schedulers, begun where a search points instead of at a default, aware of the loss's noise,
-kept within a decade and a half of what the search says, and ended when the decay begins, which no feedback disturbs.
+Below what the trials say it rises unless the loss gets worse, above it only while the loss gets better; worse is what
+the noise of both windows does not explain. This is the greedy rule of feedback schedulers, begun where a search points
+instead of at a default, kept between a decade and a half below what the search says and half a decade above, and ended
+when the decay begins, which no feedback disturbs.
 
 =============  =============================================================  ===================
 symbol         meaning                                                        unit
@@ -31,18 +32,20 @@ class ClimbState:
     Attributes:
         due: Progress at which the present window is over.
         best: Lowest mean loss of a window so far.
+        best_error: Its standard error.
         better: Windows in a row that spoke for a higher rate.
         worse: Windows in a row that spoke for a lower one.
         gain: See the module.
-        risen: Whether the rate may no longer rise: it went too far once, and was taken back.
+        capped: Whether the rate may no longer rise: it went too far once, and was taken back.
     """
 
     due: float = 0.0
     best: float = math.inf
+    best_error: float = 0.0
     better: int = 0
     worse: int = 0
     gain: float = 1.0
-    risen: bool = False
+    capped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The state as a dictionary of primitives."""
@@ -59,7 +62,7 @@ class Climb:
         window: A window's length, in progress.
         factor: Of one step up; a step down is its inverse.
         patience: Windows in a row that it takes for a step, less one.
-        doubt: A window is worse than the best by more than so many standard errors, or it is not.
+        doubt: A window is worse than the best by more than so many standard errors of their difference, or it is not.
         start: The gain with which a run begins.
         lowest: The gain stays above this.
         highest: The gain stays below this.
@@ -70,14 +73,18 @@ class Climb:
     window: float = 1.0 / 40.0
     factor: float = 1.0 / 0.7
     patience: int = 1
-    doubt: float = 1.0
+    doubt: float = 1.5
     start: float = 10**-0.5
     lowest: float = 10**-1.5
     highest: float = 10**0.5
 
+    def first_due(self, progress: float) -> float:
+        """When a window is over that begins now, or with :attr:`begin`."""
+        return max(progress, self.begin) + self.window
+
     def init(self, gain: float, progress: float = 0.0) -> ClimbState:
-        """Nothing is known of the loss: a run begins, a search has set the rate, or weights were put back."""
-        return ClimbState(due=max(progress, self.begin) + self.window, gain=gain)
+        """Nothing is known of the loss yet."""
+        return ClimbState(due=self.first_due(progress), gain=gain)
 
     def is_due(self, state: ClimbState, progress: float) -> bool:
         """Whether a window is over, before the decay has begun."""
@@ -90,7 +97,7 @@ class Climb:
 
         Args:
             state: Before it.
-            loss: Mean over it; the window is worse where it is not finite.
+            loss: Mean over it; the window is worse where it is NaN.
             error: Its standard error; taken for 0 where it is not finite.
             progress: Now.
             rise: Whether the rate may rise now.
@@ -100,7 +107,7 @@ class Climb:
 
         >>> climb = Climb(begin=0.0, window=0.1, factor=2.0)
         >>> state = climb.init(climb.start)
-        >>> for loss in (3.0, 2.0, 2.05, 2.05, 2.4, 2.4):
+        >>> for loss in (3.0, 2.0, 2.1, 2.1, 2.4, 2.4):
         ...     state, factor = climb.step(state, loss, 0.1, state.due)
         ...     print(factor)
         1.0
@@ -110,28 +117,24 @@ class Climb:
         1.0
         0.5
         """
-        margin = self.doubt * error if math.isfinite(error) else 0.0
-        worse = not loss <= state.best + margin
-        better = loss < state.best or (not worse and state.gain < 1.0 - 1e-9)
+        error = error if math.isfinite(error) else 0.0
+        improved = loss < state.best
+        worse = not loss <= state.best + self.doubt * math.hypot(error, state.best_error)
+        better = improved or (not worse and state.gain < 1.0 - 1e-9)
         state = replace(
             state,
             due=max(state.due, progress - 0.5 * self.window) + self.window,
-            best=min(loss, state.best) if math.isfinite(loss) else state.best,
+            best=loss if improved else state.best,
+            best_error=error if improved else state.best_error,
             better=state.better + 1 if better else 0,
             worse=state.worse + 1 if worse else 0,
         )
         if max(state.better, state.worse) <= self.patience:
             return state, 1.0
         wanted = self.factor if better else 1.0 / self.factor
-        if wanted > 1.0 and (state.risen or not rise):
+        if wanted > 1.0 and (state.capped or not rise):
             wanted = 1.0
-        gain = min(max(state.gain * wanted, self.lowest), self.highest)
+        # A gain outside, where others have taken the rate, is not brought back.
+        low, high = min(self.lowest, state.gain), max(self.highest, state.gain)
+        gain = min(max(state.gain * wanted, low), high)
         return replace(state, better=0, worse=0, gain=gain), gain / state.gain
-
-    def searched(self, state: ClimbState, gain: float, progress: float) -> ClimbState:
-        """A search has set the rate, to so much of what it says."""
-        return replace(self.init(gain, progress), risen=state.risen)
-
-    def taken_back(self, state: ClimbState, progress: float) -> ClimbState:
-        """The rate went too far and was lowered by somebody else: from now on it only falls."""
-        return replace(self.init(state.gain, progress), risen=True)

@@ -1,11 +1,20 @@
 """The held rate's climb on the real Trainer: what it does to the optimizer's rate, and where it keeps still."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from autotune.callbacks import AutoLRS
-from tests.callbacks.harness import Tiny, Witness, loader, searches, trainer, val_loader
+from autotune.callbacks import AutoLRS, ReplaySchedule
+from autotune.callbacks._losses import LossWatch
+from autotune.callbacks._lr_climb import HeldRate
+from autotune.stage.climb import Climb
+from autotune.stage.machine import StageState
+from autotune.stage.settings import LRSettings
+from tests.callbacks.harness import Save, Tiny, Witness, loader, searches, trainer, val_loader
 
 UPDATES = 600
 
@@ -42,12 +51,12 @@ def test_the_optimizer_follows_every_step_of_it(tmp_path):
 
 
 def test_without_it_the_run_begins_where_the_search_says(tmp_path):
-    with_it, _ = run(tmp_path / "with", steps=150)
-    without, rates = run(tmp_path / "without", steps=150, climb=False)
+    with_it, _ = run(tmp_path / "with", steps=300)
+    without, rates = run(tmp_path / "without", steps=300, climb=False)
     assert not climbs(without)
     first = [searches(one)[0].numbers["lr"] for one in (with_it, without)]
     assert first[0] == pytest.approx(10**-0.5 * first[1])
-    assert max(rates[:75]) == pytest.approx(first[1])
+    assert max(rates[:150]) == pytest.approx(first[1])
 
 
 class Averaged(Tiny):
@@ -100,3 +109,136 @@ def test_what_was_rolled_back_does_not_rise_again(tmp_path):
     # The same run without the failure does rise later.
     whole, _ = run(tmp_path / "whole", steps=800)
     assert "raise" in [one.action for one in climbs(whole) if one.step >= back]
+
+
+class Fit:
+    """What the climb sees of a fit: its plan, its rate and its losses, ten of them read at a time."""
+
+    def __init__(self, lr=0.1, **settings):
+        self.state = StageState(lr=lr)
+        self.settings = LRSettings(**settings)
+        self.watch = LossWatch()
+        self.plan, self.driver = SimpleNamespace(climb=Climb(begin=0.03)), SimpleNamespace(scheduled=False)
+        self.moves = []
+        self.climb = HeldRate(self)
+        self.step = 0
+
+    def record(self, kind, action, reason, *, numbers):
+        self.moves.append((action, numbers))
+
+    def train(self, losses, updates=1000):
+        for loss in losses:
+            self.climb.move(self.step / updates)
+            self.step += 1
+            self.watch.add(self.step, torch.tensor(float(loss)))
+
+    @property
+    def actions(self):
+        return [action for action, _ in self.moves]
+
+
+def falling(count, begin=1.0):
+    return [begin / (1.0 + 0.01 * step) for step in range(count)]
+
+
+def test_losses_of_other_weights_say_nothing():
+    fit = Fit()
+    fit.climb.searched(None, 1.0, 0.0)
+    fit.train([0.1] * 60)
+    before, fit.state = fit.state.lr, replace(fit.state, lr=0.03)
+    fit.climb.taken_back(before, fit.step / 1000)
+    fit.train(falling(200, begin=5.0))
+    assert fit.actions == [], "better than at its own beginning, and not allowed to rise"
+
+
+def test_losses_of_the_warm_up_say_nothing():
+    fit = Fit()
+    fit.climb.searched(None, 1.0, 0.0)
+    # From the warm-up to the first window it falls, and then no more.
+    fit.train([10.0] * 20 + [1.0] * 300)
+    assert fit.actions == []
+
+
+def test_a_window_waits_for_its_losses():
+    fit = Fit()
+    fit.climb.searched(None, 1.0, 0.0)
+    # A grown batch leaves five updates of a window's forty.
+    fit.train(falling(60), updates=125)
+    assert fit.actions
+    assert "lower" not in fit.actions
+
+
+def test_losses_that_are_not_finite_lower_it():
+    fit = Fit()
+    fit.climb.searched(None, 1.0, 0.0)
+    fit.train([1.0] * 50 + [float("nan")] * 100)
+    assert set(fit.actions) == {"lower"}
+
+
+def test_bounds_of_the_user_hold_and_are_counted():
+    fit = Fit(lr=1e-3, min_lr=1e-3)
+    fit.climb.searched(None, 1.0, 0.0)
+    fit.train([1.0] * 45 + [2.0 + 0.1 * step for step in range(150)])
+    assert fit.state.lr == 1e-3
+    fit.train(falling(240, begin=0.9))
+    assert fit.moves
+    assert fit.state.lr <= 10**0.5 * 1e-3 * (1 + 1e-9)
+
+
+def test_a_rate_beyond_the_bounds_falls_by_one_step():
+    fit = Fit(lr=0.0283, max_lr=0.01)
+    fit.climb.searched(None, 1.0, 0.0)
+    fit.train([1.0] * 45 + [2.0 + step for step in range(80)])
+    assert fit.actions[0] == "lower"
+    assert fit.moves[0][1]["lr"] == pytest.approx(0.7 * 0.0283)
+
+
+def test_a_run_that_was_made_longer_begins_to_count_anew():
+    fit = Fit()
+    fit.climb.searched(None, 1.0, 0.0)
+    fit.train(falling(1000))
+    moves = len(fit.moves)
+    # Three times as long: the decay's losses are lower than any at the peak.
+    fit.climb.clock_moved(fit.step / 3000)
+    fit.train(falling(400, begin=0.9), updates=3000)
+    assert "lower" not in fit.actions[moves:]
+
+
+def test_the_log_names_the_best_before():
+    fit = Fit()
+    fit.climb.searched(None, 1.0, 0.0)
+    fit.train(falling(200))
+    assert all(numbers["train_loss"] < numbers["best_train_loss"] for _, numbers in fit.moves)
+
+
+def test_a_short_run_begins_where_it_can_come_back_from(tmp_path):
+    starts = {}
+    for steps in (130, 600):
+        callback, _ = run(tmp_path / str(steps), steps=steps)
+        wanted, _ = run(tmp_path / f"{steps} held", steps=steps, climb=False)
+        starts[steps] = searches(callback)[0].numbers["lr"] / searches(wanted)[0].numbers["lr"]
+    # Five windows of ten updates between warm-up and decay, and two windows for a move.
+    assert starts[130] == pytest.approx(0.7**2)
+    assert starts[600] == pytest.approx(10**-0.5)
+
+
+def test_a_resumed_run_climbs_on_and_a_replayed_one_climbs_again(tmp_path):
+    callback, rates = run(tmp_path / "whole", None, Save(tmp_path / "at 137.ckpt", 137))
+    moves = [move.step for move in climbs(callback)]
+    assert any(step < 137 for step in moves)
+    assert any(step > 137 for step in moves)
+
+    resumed, witness = AutoLRS(), Witness()
+    runner = trainer(tmp_path / "resumed", resumed, witness, max_steps=UPDATES)
+    runner.fit(Tiny(), loader(batch=8), val_loader(), ckpt_path=tmp_path / "at 137.ckpt", weights_only=False)
+    assert [lrs[0] for lrs in witness.lrs] == rates[137:]
+    plain = [one.to_dict() for one in climbs(callback)]
+    assert [one.to_dict() for one in climbs(resumed)] == plain
+
+    log = next((tmp_path / "whole").rglob("decisions.jsonl"))
+    L.seed_everything(5, verbose=False)
+    witness = Witness()
+    trainer(tmp_path / "replayed", ReplaySchedule(log), witness, max_steps=UPDATES).fit(
+        Tiny(), loader(batch=8), val_loader()
+    )
+    assert [lrs[0] for lrs in witness.lrs] == rates
