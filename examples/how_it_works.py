@@ -71,7 +71,7 @@ def draw(run, place):
     _posterior(axes["posterior"], search)
     rate, size, noise = learning_rate(run), batch_size(run), noise_scale(run)
     axes["rate"].plot(rate.steps, rate.values, color=GREEN)
-    axes["rate"].set(title="3  Train: warm-up, hold, decay to zero at the known end", ylabel="learning rate")
+    axes["rate"].set(title="3  Climb with the loss, decay to zero at the known end", ylabel="learning rate")
     axes["batch"].step(size.steps, size.values, where="post", color=ORANGE, label="batch")
     axes["batch"].plot(noise.steps, noise.values, ":", color=GREY, label="noise scale")
     axes["batch"].set(title="4  Grow the batch with the gradient noise", ylabel="examples")
@@ -107,7 +107,8 @@ def _posterior(axis, search):
     low, high = ([m + k * s for m, s in zip(found["mean"], found["sd"], strict=True)] for k in (-2, 2))
     axis.plot(found["lr"], found["mean"], color=PURPLE)
     axis.fill_between(found["lr"], low, high, color=PURPLE, alpha=0.15, linewidth=0)
-    axis.axvline(search.numbers["lr"], color=GREEN, linestyle="--")
+    axis.axvline(search.numbers["lr"], color=GREEN, linestyle="--", label="the run begins here and climbs")
+    axis.legend(frameon=False, loc="upper right")
     axis.set(
         title="2  A Gaussian process says which", xscale="log", xlabel="learning rate", ylabel="progress left undone"
     )
