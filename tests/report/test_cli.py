@@ -7,11 +7,13 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from real_run import train
 
 from autotune.callbacks import AutoLRS
+from autotune.report import explain, figures
 from autotune.report.cli import main
 from autotune.report.watch import ReportServer
 
@@ -137,6 +139,13 @@ def test_explain_tells_every_decision_in_a_pipe(tiny):
         assert f"{decision.kind}: {decision.action}" in text
         assert decision.reason in text
     assert "\x1b" not in done.stdout
+
+
+def test_every_kind_has_a_colour_in_both_themes_and_a_style_in_the_terminal():
+    sheet = (Path(figures.__file__).parent / "assets" / "report.css").read_text()
+    for kind in figures.KINDS:
+        assert sheet.count(f"--kind-{kind}:") == 2, kind
+    assert set(figures.KINDS) == set(explain._STYLES)
 
 
 def test_explain_by_kind(tiny, capsys):
