@@ -53,7 +53,7 @@ class BracketSearch(LRSearch):
         candidates: Trials.
         gap: Between neighbours, in decades.
         level: Share of the progress within which two trials count as equal, so that the walk goes on down.
-        usual: Learning rate that is usual for the optimizer's family; None where none is known.
+        usual: Learning rate that is usual for the optimizer's family, as the peak of a trial; None where none is known.
         pull: Weight of the squared distance from it, a decade away, in units of the best trial's progress.
         beta: Weight of the uncertainty in the bound.
         prior: Of the surrogate.
