@@ -84,6 +84,10 @@ class BatchRun:
         in_decay = self.settings.rule == "noise_scale" and self._decay(trainer) is not None
         return rule_for(trainer.optimizers[0], in_decay)
 
+    def _betas_too(self, optimizer: Any) -> bool:
+        setting = self.settings.lr_scaling
+        return scales_betas(rule_for(optimizer) if setting == "auto" else setting)
+
     def _decay(self, trainer: Any) -> Decay | None:
         """Where the rate stands in its schedule; None where it has none."""
         level = self._rates.level(trainer)
@@ -113,7 +117,7 @@ class BatchRun:
             "accumulate": self._split.accumulate,
             "rule": self._controller.rule,
             "lr_scaling": scaling,
-            "scale_betas": scales_betas(self.settings.lr_scaling),
+            "scale_betas": scales_betas(scaling),
             "epoch_examples": self.tools.loader.sampler.examples * self._split.ranks,
         }
 
@@ -210,7 +214,7 @@ class BatchRun:
         self._state = self._controller.grown(self._state, self._split.examples, trainer.global_step)
         self._rates.scale(self._gain)
         self._rates.grown(self._split.examples)
-        if scales_betas(self.settings.lr_scaling):
+        if self._betas_too(optimizer):
             scale_group_betas(optimizer, growth)
         forget_peak(trainer)
 

@@ -27,7 +27,7 @@ from autotune.decision import Decision
 from autotune.errors import ConfigurationError
 from autotune.noise.microbatch import Extras
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class AdaptiveBatchSize(Callback):
@@ -43,14 +43,17 @@ class AdaptiveBatchSize(Callback):
         max_batch_size: Largest global batch, in examples; None for what leaves 32 updates an epoch.
         rule: ``"noise_scale"``, ours; or one of the published tests.
         lr_scaling: ``"auto"``: for SGD AdaScale's gain (linear in the place of a decay), for Adam and its kin the
-            square root, and more where there is little noise (``"adam"``), none for AdaGrad. ``"sqrt_betas"`` also
-            raises Adam's betas to the power of the growth k and divides eps by sqrt(k).
+            square root, and more where there is little noise, none for AdaGrad. Where an optimizer has betas, these
+            are raised to the power of the growth k, so that its averages reach back over as many examples as before,
+            and eps is divided by sqrt(k) (``"adam_betas"``); ``"adam"`` leaves them.
         every_n_steps: Measure one update in so many.
         noise_multiple: Our rule, without a schedule, aims at so many noise scales; in a decay they
             say how far the rate may rise above its peak.
         eta: Tolerance of the published tests: of the norm and coordinate tests as a number; with theta and nu of the
             inner-product and augmented tests as ``Tolerances(eta, theta, nu)``.
         rest_updates: Least updates between two changes under our rule.
+        decay_growth: Our rule, while the rate decays: the batch at the most, in units of the one at the peak. More
+            saves more updates, and leaves less of the decay to the rate.
         loss_reduction: What ``training_step`` returns: its examples' mean loss, or their sum.
 
     Raises:
@@ -67,6 +70,7 @@ class AdaptiveBatchSize(Callback):
         noise_multiple: float = 0.25,
         eta: float | Tolerances = 0.5,
         rest_updates: int = 20,
+        decay_growth: float = 3.0,
         loss_reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         if max_batch_size is not None and not is_count(max_batch_size):
@@ -77,7 +81,7 @@ class AdaptiveBatchSize(Callback):
             raise ConfigurationError(f"every_n_steps counts updates, 1 or more; got {every_n_steps!r}")
         tolerances = eta if isinstance(eta, Tolerances) else Tolerances(eta)
         self._settings = BatchSettings(
-            max_batch_size, rule, lr_scaling, every_n_steps, noise_multiple, tolerances, rest_updates
+            max_batch_size, rule, lr_scaling, every_n_steps, noise_multiple, tolerances, rest_updates, decay_growth
         )
         self._settings.controller()
         extras = Extras(inner=rule in ("inner_product", "augmented"), coordinate=rule == "coordinate")

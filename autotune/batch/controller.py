@@ -97,6 +97,7 @@ class BatchController:
         multiple: Our rule's ``multiple``: the batch aimed at, in noise scales.
         rest_updates: ``rest``.
         most_growth: Largest factor of one change under our rule.
+        decay_growth: Largest factor of all changes together that take a decay's place.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -109,6 +110,7 @@ class BatchController:
         multiple: float = 0.25,
         rest_updates: int = 20,
         most_growth: float = 2.0,
+        decay_growth: float = 3.0,
     ) -> None:
         if rule not in RULES:
             raise ConfigurationError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
@@ -122,7 +124,12 @@ class BatchController:
         self.tolerances = tolerances or Tolerances()
         self.multiple = multiple
         self.rest_updates = rest_updates
-        self.most_growth = most_growth
+        if not (is_number(decay_growth) and decay_growth >= 1.0):
+            raise ConfigurationError(
+                f"decay_growth is a factor of the batch, 1 or more; got {decay_growth!r}. Try 3, or 1 for a batch that "
+                "stays while the rate decays."
+            )
+        self.most_growth, self.decay_growth = most_growth, decay_growth
 
     def init(self, batch: int, max_batch: int) -> BatchState:
         """Nothing decided yet; ``max_batch`` below the start means that the batch stays."""
@@ -170,8 +177,8 @@ class BatchController:
         if decay is None:
             return noise_scale_test(estimate, state.batch, self.multiple)
         if not state.undone:
-            return decay_test(estimate, state.batch, self.multiple, decay.base, decay.level)
-        verdict = decay_test(estimate, state.batch, 0.0, decay.base, decay.level)
+            return decay_test(estimate, state.batch, self.multiple, decay.base, decay.level, self.decay_growth)
+        verdict = decay_test(estimate, state.batch, 0.0, decay.base, decay.level, self.decay_growth)
         # In whole multiples of the base, rounded down: a plan that rounds up would raise the rate above its peak.
         wanted = verdict.wanted // decay.base * decay.base
         return replace(verdict, wanted=wanted, passes=not wanted > state.batch)

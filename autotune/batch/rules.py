@@ -21,14 +21,15 @@ orthogonality          ``Var_i(g_i - (g_i.g/|g|^2) g)/B <= nu^2 |g|^2``       th
 augmented              inner product and orthogonality                        the same
 coordinate             ``V_j/B <= eta^2 g_j^2`` for every coordinate j        AdAdaGrad (arXiv 2402.11215)
 noise scale            ``B >= multiple x GNS``, debiased and smoothed         ours, where no rate decays
-decay                  ``B >= b + (b + multiple x GNS) (1/s - 1)``            ours, where the rate decays
+decay                  ``B >= b + (b + multiple x GNS) (1/s - 1)``, or        ours, where the rate decays
+                       ``B >= most x b``
 =====================  =====================================================  ===================================
 
 Decay: with the rate ``s k`` instead of ``s`` a batch ``B = k b`` goes as far with each example, and adds as much noise,
 as ``b`` did (Smith et al. 2018; Seesaw, arXiv 2510.14717, for steps). It is stable while the rate stays at what a
 batch ``B`` may have: AdaScale's ``(GNS + b) / (GNS/k + b)`` peaks. ``s k`` reaches it at the ``B`` above; with
-``multiple`` 0 the rate never rises above its peak. The factor is held at :data:`MOST_DECAY_GROWTH`, unless
-``multiple x GNS`` is more, so that some of the decay is left for the rate.
+``multiple`` 0 the rate never rises above its peak. ``B`` stops at ``most x b``, so that some of the decay is left for
+the rate: what swings at a rate that never falls is never taken out.
 
 The published tests read the raw ``|g|^2``, which holds V/B of noise, from one measurement. With it the norm
 test comes to rest at ``GNS (1 - eta^2) / eta^2``; debiased it would be ``GNS / eta^2``: eta is a multiplier
@@ -49,11 +50,6 @@ from autotune.noise.statistics import GradientRecord
 
 Rule: TypeAlias = Literal["noise_scale", "norm", "inner_product", "augmented", "coordinate"]
 RULES = ("noise_scale", "norm", "inner_product", "augmented", "coordinate")
-
-
-#: Batches of the peak's own that a decay makes at the most: three quarters of the updates that an unlimited one would
-#: save are saved by then, and the last quarter of the decay stays the rate's.
-MOST_DECAY_GROWTH = 4.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,9 @@ def noise_scale_test(estimate: NoiseEstimate, batch: float, multiple: float) -> 
     return Verdict(not wanted > batch, wanted, _noise(estimate))
 
 
-def decay_test(estimate: NoiseEstimate, batch: float, multiple: float, base: float, level: float) -> Verdict:
+def decay_test(
+    estimate: NoiseEstimate, batch: float, multiple: float, base: float, level: float, most: float
+) -> Verdict:
     """Ours while the rate decays: fails where a larger batch can take the decay's place.
 
     Args:
@@ -141,13 +139,13 @@ def decay_test(estimate: NoiseEstimate, batch: float, multiple: float, base: flo
         multiple: Of the noise scale.
         base: ``b``.
         level: ``s``, in (0, 1].
+        most: Largest ``B`` in units of ``b``.
 
     >>> quiet = NoiseEstimate(0.0, 0.0, 0.0, 0.0, 1.0, 10.0)
-    >>> decay_test(quiet, 32, 0.25, base=32, level=0.5).wanted, decay_test(quiet, 32, 0.25, base=32, level=0.1).wanted
-    (64.0, 128.0)
+    >>> [decay_test(quiet, 32, 0.25, base=32, level=level, most=3.0).wanted for level in (0.5, 0.1)]
+    [64.0, 96.0]
     """
-    noise = multiple * estimate.low
-    wanted = min(base + (base + noise) * (1.0 / max(level, 1e-6) - 1.0), max(MOST_DECAY_GROWTH * base, noise))
+    wanted = min(base + (base + multiple * estimate.low) * (1.0 / max(level, 1e-6) - 1.0), most * base)
     return Verdict(not wanted > batch, wanted, {**_noise(estimate), "level": level, "base": base})
 
 

@@ -16,6 +16,7 @@ sqrt         ``sqrt(k)``                                            Malladi et a
 sqrt_betas   ``sqrt(k)``, with :func:`scaled_betas`                 Malladi et al. 2022, definition 5.3
 adascale     ``(GNS/B + 1) / (GNS/(k B) + 1)``, in [1, k]           Johnson et al. 2020 (arXiv 2007.05105), eq. 4
 adam         ``sqrt(k (k + GNS/B) / (1 + GNS/B))``, in [sqrt(k), k] ours: below
+adam_betas   the same, with :func:`scaled_betas`
 none         1                                                      AdAdaGrad
 ===========  =====================================================  ==============================================
 
@@ -34,8 +35,8 @@ from typing import Any, Literal, TypeAlias
 
 from autotune.errors import ConfigurationError
 
-Scaling: TypeAlias = Literal["auto", "linear", "sqrt", "sqrt_betas", "adascale", "adam", "none"]
-SCALINGS = ("auto", "linear", "sqrt", "sqrt_betas", "adascale", "adam", "none")
+Scaling: TypeAlias = Literal["auto", "linear", "sqrt", "sqrt_betas", "adascale", "adam", "adam_betas", "none"]
+SCALINGS = ("auto", "linear", "sqrt", "sqrt_betas", "adascale", "adam", "adam_betas", "none")
 
 
 def gain(rule: Scaling, growth: float, noise_scale: float, batch: float) -> float:
@@ -57,14 +58,14 @@ def gain(rule: Scaling, growth: float, noise_scale: float, batch: float) -> floa
         return math.sqrt(growth)
     if rule == "none":
         return 1.0
-    if rule not in ("adascale", "adam"):
+    if rule not in ("adascale", "adam", "adam_betas"):
         raise ConfigurationError(f"lr_scaling must be one of {', '.join(SCALINGS)}; got {rule!r}")
     if math.isnan(noise_scale):
         return math.sqrt(growth)
     if math.isinf(noise_scale):
         return growth if rule == "adascale" else math.sqrt(growth)
     ratio = max(noise_scale, 0.0) / batch
-    if rule == "adam":
+    if rule != "adascale":
         return math.sqrt(growth * (growth + ratio) / (1.0 + ratio))
     return (ratio + 1.0) / (ratio / growth + 1.0)
 
@@ -73,20 +74,21 @@ def rule_for(optimizer: Any, in_decay: bool = False) -> Scaling:
     """``"auto"``, by optimizer family.
 
     SGD takes AdaScale; in the place of a decay (``in_decay``) the batch only grows as far as the linear rule is
-    stable, and that is what it takes. What divides by a root of squared gradients takes ``"adam"``, apart from the
-    AdaGrad family, whose accumulated sum shrinks with the batch by itself (AdAdaGrad does not rescale).
+    stable, and that is what it takes. What divides by a root of squared gradients takes ``"adam_betas"`` where it has
+    betas and ``"adam"`` where it has none, apart from the AdaGrad family, whose accumulated sum shrinks with the batch
+    by itself (AdAdaGrad does not rescale).
     """
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     if "SGD" in names:
         return "linear" if in_decay else "adascale"
     if names & {"Adagrad", "AdaGradNorm"}:
         return "none"
-    return "adam"
+    return "adam_betas" if any(_has_betas(group) for group in optimizer.param_groups) else "adam"
 
 
 def scales_betas(rule: Scaling) -> bool:
     """Whether Adam's betas and eps go with the rate."""
-    return rule == "sqrt_betas"
+    return rule in ("sqrt_betas", "adam_betas")
 
 
 def scaled_betas(betas: tuple[float, float], eps: float, growth: float) -> tuple[tuple[float, float], float]:
@@ -104,5 +106,9 @@ def scaled_betas(betas: tuple[float, float], eps: float, growth: float) -> tuple
 def scale_group_betas(optimizer: Any, growth: float) -> None:
     """Applies :func:`scaled_betas` to every group that has betas."""
     for group in optimizer.param_groups:
-        if "betas" in group and "eps" in group:
+        if _has_betas(group):
             group["betas"], group["eps"] = scaled_betas(group["betas"], group["eps"], growth)
+
+
+def _has_betas(group: dict[str, Any]) -> bool:
+    return "betas" in group and "eps" in group

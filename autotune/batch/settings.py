@@ -20,6 +20,7 @@ class BatchSettings:
     noise_multiple: float
     tolerances: Tolerances
     rest_updates: int
+    decay_growth: float
 
     def controller(self) -> BatchController:
         """The rule at these settings.
@@ -27,4 +28,6 @@ class BatchSettings:
         Raises:
             ConfigurationError: A value is out of range.
         """
-        return BatchController(self.rule, self.tolerances, self.noise_multiple, self.rest_updates)
+        return BatchController(
+            self.rule, self.tolerances, self.noise_multiple, self.rest_updates, decay_growth=self.decay_growth
+        )

@@ -122,13 +122,20 @@ def test_ours_never_shrinks_and_ignores_small_steps():
 def test_in_a_decay_the_batch_keeps_progress_and_temperature():
     """At the batch asked for, rate times growth is the most AdaScale allows there; without noise, the peak."""
     for low, level in ((0.0, 0.5), (0.0, 0.3), (100.0, 0.9), (1000.0, 0.95), (64.0, 0.7)):
-        wanted = decay_test(estimate(low), 32, 1.0, base=32, level=level).wanted
+        wanted = decay_test(estimate(low), 32, 1.0, base=32, level=level, most=4.0).wanted
         growth = wanted / 32
-        if wanted < max(4 * 32, low) - 1e-6:
+        assert growth <= 4.0
+        if growth < 4.0:
             assert level * growth == pytest.approx(gain("adascale", growth, low, 32), rel=1e-6)
-    assert decay_test(estimate(1e5), 32, 1.0, base=32, level=1.0).passes
-    assert decay_test(estimate(0.0), 32, 1.0, base=32, level=1e-9).wanted == 128.0
-    assert decay_test(estimate(0.0), 32, 1.0, base=32, level=0.0).wanted == 128.0
+    assert decay_test(estimate(1e5), 32, 1.0, base=32, level=1.0, most=4.0).passes
+    for low, level in itertools.product((0.0, 1e5), (1e-9, 0.0)):
+        assert decay_test(estimate(low), 32, 1.0, base=32, level=level, most=2.5).wanted == 80.0
+
+
+def test_where_the_user_wants_no_growth_in_a_decay_there_is_none():
+    state, decay = (controller := BatchController(rest_updates=0, decay_growth=1.0)).init(32, 1024), Decay(32, 0.01)
+    assert controller.step(state, record_of(gradients()), estimate(1e4), 9, decay) is None
+    assert controller.step(state, record_of(gradients()), estimate(1e4), 9) is not None
 
 
 def test_after_a_growth_that_failed_the_rate_stays_below_its_peak():
@@ -167,7 +174,7 @@ def test_an_undone_growth_is_remembered():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"rule": "x"}, {"multiple": 0.0}, {"rest_updates": -1}, {"most_growth": 1.0}],
+    [{"rule": "x"}, {"multiple": 0.0}, {"rest_updates": -1}, {"most_growth": 1.0}, {"decay_growth": 0.5}],
 )
 def test_bad_configuration_is_refused(bad):
     with pytest.raises(ConfigurationError):
@@ -211,7 +218,7 @@ def test_memory_limit_is_linear_and_never_below_what_fitted():
 
 
 def test_gains_are_laws():
-    for rule in ("linear", "sqrt", "adascale", "adam", "none"):
+    for rule in ("linear", "sqrt", "adascale", "adam", "adam_betas", "none"):
         assert gain(rule, 1.0, 50.0, 32) == pytest.approx(1.0)
     for noise in (0.0, 1.0, 100.0, math.inf):
         assert 1.0 <= gain("adascale", 4.0, noise, 32) <= 4.0
@@ -221,7 +228,7 @@ def test_gains_are_laws():
     published = (v / batch + m) / (v / batch / k + m)
     assert gain("adascale", k, v / m, batch) == pytest.approx(published)
     assert gain("adam", 4.0, math.inf, 32) == pytest.approx(gain("adam", 4.0, 1e12, 32)) == 2.0
-    assert gain("adam", 4.0, 0.0, 32) == pytest.approx(4.0)
+    assert gain("adam", 4.0, 0.0, 32) == gain("adam_betas", 4.0, 0.0, 32) == pytest.approx(4.0)
     whole = gain("adam", 8.0, 70.0, 32)
     assert gain("adam", 2.0, 70.0, 32) * gain("adam", 4.0, 70.0, 64) == pytest.approx(whole)
     # k steps of eta m / sqrt(m^2 + s^2) are one step of k times the batch.
@@ -234,7 +241,7 @@ def test_gains_are_laws():
 def test_auto_follows_the_optimizers_family():
     weight = [torch.nn.Parameter(torch.ones(2))]
     assert rule_for(torch.optim.SGD(weight, momentum=0.9, lr=0.1)) == "adascale"
-    assert rule_for(torch.optim.AdamW(weight)) == "adam"
+    assert rule_for(torch.optim.AdamW(weight)) == "adam_betas"
     assert rule_for(torch.optim.RMSprop(weight)) == "adam"
     assert rule_for(torch.optim.SGD(weight, lr=0.1), in_decay=True) == "linear"
     assert rule_for(torch.optim.Adagrad(weight)) == "none"

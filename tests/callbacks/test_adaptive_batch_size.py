@@ -159,6 +159,15 @@ def test_the_rate_follows_at_the_effective_step(tmp_path, scaling, expected):
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
 
 
+@pytest.mark.parametrize(("scaling", "power"), [("auto", 4), ("adam", 1)])
+def test_adams_averages_reach_back_over_as_many_examples_unless_told_otherwise(tmp_path, scaling, power):
+    callback = AdaptiveBatchSize(max_batch_size=16, rule="norm", lr_scaling=scaling, every_n_steps=3)
+    trainer, _, _ = fit(tmp_path, callback, Weighing(optimizer=torch.optim.Adam))
+    assert callback.batch_size == 16
+    assert trainer.optimizers[0].param_groups[0]["betas"] == pytest.approx((0.9**power, 0.999**power))
+    assert callback.decisions[0].numbers["scale_betas"] == (power > 1)
+
+
 def test_the_default_rule_grows_a_noisy_run(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(1000, 8)

@@ -84,6 +84,7 @@ OTHER = {
         "noise_multiple": 2.0,
         "eta": 0.3,
         "rest_updates": 7,
+        "decay_growth": 2.0,
         "loss_reduction": "sum",
     },
     "GradientNoiseMonitor": {
