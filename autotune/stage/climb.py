@@ -4,10 +4,9 @@ A search's trials are short, and the best rate of a short run is another one tha
 either way and with nothing in the trials to tell which (``examples/benchmark/FINDINGS.md``). The run itself tells: so
 it begins below what the trials say, and from then on windows of the training loss, which cost nothing, move the rate.
 Below what the trials say it rises unless the loss gets worse, above it only while the loss gets better; worse is what
-the noise of both windows does not explain. The longer it has risen without a doubt, the longer is its next step. This
-is the greedy rule of feedback schedulers, begun where a search points instead of at a default, kept between a decade
-and a half below what the search says and half a decade above, and ended when the decay begins, which no feedback
-disturbs.
+the noise of both windows does not explain. This is the greedy rule of feedback schedulers, begun where a search points
+instead of at a default, kept between a decade and a half below what the search says and half a decade above, and ended
+when the decay begins, which no feedback disturbs.
 
 =============  =============================================================  ===================
 symbol         meaning                                                        unit
@@ -36,7 +35,6 @@ class ClimbState:
         best_error: Its standard error.
         better: Windows in a row that spoke for a higher rate.
         worse: Windows in a row that spoke for a lower one.
-        ups: Steps up since a window last did not speak for one.
         gain: See the module.
         capped: Whether the rate may no longer rise: it went too far once, and was taken back.
     """
@@ -46,7 +44,6 @@ class ClimbState:
     best_error: float = 0.0
     better: int = 0
     worse: int = 0
-    ups: int = 0
     gain: float = 1.0
     capped: bool = False
 
@@ -64,9 +61,6 @@ class Climb:
         end: Progress at which the rule rests: the decay begins.
         window: A window's length, in progress.
         factor: Of one step up; a step down is its inverse.
-        steady: Steps up in a row before they grow, so that a rate far below the best one gets there within the run.
-        stretch: From then on each is so many times as long as the one before, in the logarithm.
-        longest: The longest step, in steps of ``factor``.
         patience: Windows in a row that it takes for a step, less one.
         doubt: A window is worse than the best by more than so many standard errors of their difference, or it is not.
         start: The gain with which a run begins.
@@ -78,9 +72,6 @@ class Climb:
     end: float = 0.5
     window: float = 1.0 / 40.0
     factor: float = 1.0 / 0.7
-    steady: int = 2
-    stretch: float = 1.5
-    longest: float = 4.0
     patience: int = 1
     doubt: float = 1.5
     start: float = 10**-0.5
@@ -137,19 +128,13 @@ class Climb:
             best_error=error if improved else state.best_error,
             better=state.better + 1 if better else 0,
             worse=state.worse + 1 if worse else 0,
-            ups=state.ups if better else 0,
         )
         if max(state.better, state.worse) <= self.patience:
             return state, 1.0
-        wanted = self.factor ** self._steps(state.ups) if better else 1.0 / self.factor
-        if better and (state.capped or not rise):
+        wanted = self.factor if better else 1.0 / self.factor
+        if wanted > 1.0 and (state.capped or not rise):
             wanted = 1.0
         # A gain outside, where others have taken the rate, is not brought back.
         low, high = min(self.lowest, state.gain), max(self.highest, state.gain)
         gain = min(max(state.gain * wanted, low), high)
-        ups = state.ups + 1 if gain > state.gain else 0
-        return replace(state, better=0, worse=0, ups=ups, gain=gain), gain / state.gain
-
-    def _steps(self, ups: int) -> float:
-        """How long the next step up is after so many in a row, in steps of :attr:`factor`."""
-        return min(self.stretch ** max(0, ups + 1 - self.steady), self.longest)
+        return replace(state, better=0, worse=0, gain=gain), gain / state.gain

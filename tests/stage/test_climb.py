@@ -86,30 +86,6 @@ class TestDirection:
         assert set(gains(played(climb, [1.0 / n for n in range(1, 20)], rise=False))) == {climb.start}
 
 
-class TestStride:
-    def steps(self, states):
-        return [math.log(b / a) / math.log(Climb().factor) for a, b in pairwise(gains(states)) if a != b]
-
-    def test_from_the_third_in_a_row_on_its_steps_up_grow(self):
-        climb = Climb(highest=1e9)
-        states = played(climb, [1.0 / n for n in range(1, 14)])
-        assert self.steps(states) == pytest.approx([1.0, 1.0, 1.5, 2.25, 3.375, 4.0])
-
-    def test_a_window_that_does_not_speak_for_it_makes_them_small_again(self):
-        climb = Climb(highest=1e9)
-        # Above what the search says, a window that is no better is a doubt.
-        states = played(climb, [*(1.0 / n for n in range(1, 9)), 1.0 / 8, 0.1, 0.09, 0.08, 0.07, 0.06, 0.05])
-        assert self.steps(states) == pytest.approx([1.0, 1.0, 1.5, 2.25, 1.0, 1.0, 1.5])
-
-    def test_steps_down_do_not_grow(self):
-        assert self.steps(played(Climb(), range(1, 12), Climb().init(1.0))) == pytest.approx([-1.0] * 5)
-
-    def test_after_a_step_down_they_are_small(self):
-        climb = Climb(highest=1e9)
-        states = played(climb, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 1.0, 1.0, 0.4, 0.3])
-        assert self.steps(states) == pytest.approx([1.0, 1.0, 1.5, -1.0, 1.0])
-
-
 class TestLimits:
     def test_what_is_capped_only_falls(self):
         climb = Climb()
