@@ -84,10 +84,6 @@ class BatchRun:
         in_decay = self.settings.rule == "noise_scale" and self._decay(trainer) is not None
         return rule_for(trainer.optimizers[0], in_decay)
 
-    def _betas_too(self, optimizer: Any) -> bool:
-        setting = self.settings.lr_scaling
-        return scales_betas(rule_for(optimizer) if setting == "auto" else setting)
-
     def _decay(self, trainer: Any) -> Decay | None:
         """Where the rate stands in its schedule; None where it has none."""
         level = self._rates.level(trainer)
@@ -177,7 +173,7 @@ class BatchRun:
 
     def _grow(self, trainer: Any, target: Target, noise_scale: float) -> None:
         limit = micro_limit(trainer, self._split.micro, self.tools.windows.piece_limit)
-        split = plan(target.batch, self._split, limit, self._state.ceiling, self.tools.loader.first_size)
+        split = plan(target.batch, self._split, limit, target.most, self.tools.loader.first_size)
         if split.examples <= self._split.examples:
             return
         self._gain = gain(
@@ -214,7 +210,7 @@ class BatchRun:
         self._state = self._controller.grown(self._state, self._split.examples, trainer.global_step)
         self._rates.scale(self._gain)
         self._rates.grown(self._split.examples)
-        if self._betas_too(optimizer):
+        if scales_betas(self.settings.lr_scaling):
             scale_group_betas(optimizer, growth)
         forget_peak(trainer)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autotune.batch.scaling import scaled_settings
 from autotune.callbacks._trainer.rates import ScaledSteps, current_rates, set_rates
 from autotune.noise.ranks import Ranks
 from autotune.snapshot import OptimizerState, Weights
@@ -20,8 +21,6 @@ WATCHED = 16
 RECENT = 3
 #: Before its time is over a growth is only given up where the loss is so many times as far off as would do at its end.
 HOPELESS = 20.0
-#: Settings of an optimizer's groups that a growth may change beside the rate.
-SCALED = ("betas", "eps")
 
 
 class WayBack:
@@ -41,7 +40,7 @@ class WayBack:
             self._weights.load_state_dict(saved["weights"])
             self._state.load_state_dict(saved["optimizer"])
             return
-        self._groups = [{key: group[key] for key in SCALED if key in group} for group in optimizer.param_groups]
+        self._groups = scaled_settings(optimizer)
         self._weights.capture()
         self._state.capture()
 
@@ -185,7 +184,7 @@ class Rates:
     def level(self, trainer: Any) -> float | None:
         """The scheduled rate in units of its highest so far, which was meant for :attr:`base`; None without a schedule.
 
-        A search of ``AutoLRS`` finds the rate of the batch as it is: base and peak are of that moment then.
+        Where a search of ``AutoLRS`` sets a rate, it is that of the batch as it is: base and peak are of that moment.
         """
         if self._auto is not None:
             now = self._auto.level
@@ -199,7 +198,7 @@ class Rates:
         return now / self._peak if self._peak > 0 else 1.0
 
     def _searched(self) -> int:
-        return sum(decision.kind == "search" for decision in self._auto.decisions)
+        return sum((decision.kind, decision.action) == ("search", "set_lr") for decision in self._auto.decisions)
 
     def detach(self) -> None:
         """Takes the hooks off the optimizer."""

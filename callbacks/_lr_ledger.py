@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autotune.batch.scaling import scaled_settings_kept
 from autotune.snapshot import OptimizerState, Weights
 
 
@@ -45,7 +46,7 @@ class BestWeights:
     """
 
     def __init__(self, module: Any, optimizer: Any) -> None:
-        self._weights, self._optimizer = Weights(module), OptimizerState(optimizer)
+        self._weights, self._optimizer, self._of = Weights(module), OptimizerState(optimizer), optimizer
 
     def capture(self) -> None:
         """The present is the best so far."""
@@ -53,9 +54,10 @@ class BestWeights:
         self._optimizer.capture()
 
     def restore(self) -> None:
-        """Goes back to it."""
+        """Goes back to it; what a growth of the batch has made of Adam's betas stays, as the batch does."""
         self._weights.restore()
-        self._optimizer.restore()
+        with scaled_settings_kept(self._of):
+            self._optimizer.restore()
 
     def state_dict(self) -> dict[str, Any]:
         """As primitives and tensors; call only after :meth:`capture`."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from autotune.callbacks._lr_ledger import BestWeights
 from autotune.callbacks._trainer import horizon as horizons
 from autotune.callbacks._trainer.rates import RateDriver, ScaledSteps, current_rates
 from autotune.decision import Decision
 from autotune.replay import Schedule
-from autotune.snapshot import OptimizerState, Weights
 
 
 class RatePlayer:
@@ -30,7 +30,7 @@ class RatePlayer:
         else:
             ratios = list(schedule.ratios) if len(schedule.ratios) == len(optimizer.param_groups) else None
             self._driver = RateDriver(optimizer, scheduled=schedule.rates == "peak_lr", ratios_=ratios)
-        self._weights, self._state = Weights(module), OptimizerState(optimizer)
+        self._best = BestWeights(module, optimizer)
         self._begun = False
 
     @property
@@ -57,11 +57,9 @@ class RatePlayer:
         events = tuple(d for d in self._schedule.events.get(step, ()) if d.kind not in ("batch", "finish"))
         for decision in events:
             if decision.kind == "rollback" and decision.action == "roll_back" and self._begun:
-                self._weights.restore()
-                self._state.restore()
+                self._best.restore()
             elif decision.kind == "stage" and decision.action == "begin" and step in self._schedule.returns:
-                self._weights.capture()
-                self._state.capture()
+                self._best.capture()
                 self._begun = True
         return events
 
@@ -73,15 +71,12 @@ class RatePlayer:
 
     def state_dict(self) -> dict[str, Any]:
         """The weights to go back to, as primitives and tensors."""
-        if not self._begun:
-            return {}
-        return {"weights": self._weights.state_dict(), "optimizer": self._state.state_dict()}
+        return self._best.state_dict() if self._begun else {}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         if saved:
-            self._weights.load_state_dict(saved["weights"])
-            self._state.load_state_dict(saved["optimizer"])
+            self._best.load_state_dict(saved)
             self._begun = True
 
     def _progress(self, step: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autotune.arguments import is_count
 from autotune.batch.rules import Rule, Tolerances
-from autotune.batch.scaling import SCALINGS, Scaling
+from autotune.batch.scaling import SCALINGS, Scaling, refuse_betas
 from autotune.batch.settings import BatchSettings
 from autotune.callbacks._batch_run import BatchRun, Tools
 from autotune.callbacks._growth import auto_lrs
@@ -27,7 +27,7 @@ from autotune.decision import Decision
 from autotune.errors import ConfigurationError
 from autotune.noise.microbatch import Extras
 
-_STATE_VERSION = 2
+_STATE_VERSION = 1
 
 
 class AdaptiveBatchSize(Callback):
@@ -43,22 +43,23 @@ class AdaptiveBatchSize(Callback):
         max_batch_size: Largest global batch, in examples; None for what leaves 32 updates an epoch.
         rule: ``"noise_scale"``, ours; or one of the published tests.
         lr_scaling: ``"auto"``: for SGD AdaScale's gain (linear in the place of a decay), for Adam and its kin the
-            square root, and more where there is little noise, none for AdaGrad. Where an optimizer has betas, these
-            are raised to the power of the growth k, so that its averages reach back over as many examples as before,
-            and eps is divided by sqrt(k) (``"adam_betas"``); ``"adam"`` leaves them.
+            square root, and more where there is little noise (``"adam"``), none for AdaGrad. ``"sqrt_betas"`` and
+            ``"adam_betas"`` also raise Adam's betas to the power of the growth k, so that its averages reach back over
+            as many examples as before, and divide eps by sqrt(k); they stay so after the fit.
         every_n_steps: Measure one update in so many.
         noise_multiple: Our rule, without a schedule, aims at so many noise scales; in a decay they
             say how far the rate may rise above its peak.
         eta: Tolerance of the published tests: of the norm and coordinate tests as a number; with theta and nu of the
             inner-product and augmented tests as ``Tolerances(eta, theta, nu)``.
         rest_updates: Least updates between two changes under our rule.
-        decay_growth: Our rule, while the rate decays: the batch at the most, in units of the one at the peak. More
-            saves more updates, and leaves less of the decay to the rate.
+        decay_growth: Our rule, while the rate decays: the batch at the most, in units of the one at the peak, reached
+            in whole multiples of the loader's. More saves more updates, and leaves less of the decay to the rate.
         loss_reduction: What ``training_step`` returns: its examples' mean loss, or their sum.
 
     Raises:
         ConfigurationError: An argument is out of range.
-        UnsupportedSetupError: At the start of a fit, for what cannot be resized, with what to write instead.
+        UnsupportedSetupError: At the start of a fit, for what cannot be resized, or has not the betas that are to be
+            scaled; with what to write instead.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class AdaptiveBatchSize(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The state to resume is known, the optimizers exist."""
         refuse_optimizers(trainer, self)
+        refuse_betas(self._settings.lr_scaling, trainer.optimizers[0])
         saved = self._saved
         self.decisions = [] if saved is None else [Decision.from_dict(record) for record in saved["decisions"]]
         # All controllers hand their history over before the first of them opens the file.

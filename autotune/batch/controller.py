@@ -81,9 +81,17 @@ class Decay:
 
 @dataclass(frozen=True)
 class Target:
-    """A batch to grow to, and why."""
+    """A batch to grow to, and why.
+
+    Attributes:
+        batch: Examples wanted.
+        most: Examples at the most, should ``batch`` have to be rounded.
+        reason: In words.
+        numbers: What the test read.
+    """
 
     batch: int
+    most: int
     reason: str
     numbers: dict[str, float]
 
@@ -126,8 +134,8 @@ class BatchController:
         self.rest_updates = rest_updates
         if not (is_number(decay_growth) and decay_growth >= 1.0):
             raise ConfigurationError(
-                f"decay_growth is a factor of the batch, 1 or more; got {decay_growth!r}. Try 3, or 1 for a batch that "
-                "stays while the rate decays."
+                f"decay_growth is a finite factor of the batch, 1 or more; got {decay_growth!r}. Try 3, or 1 for a "
+                "batch that stays while the rate decays."
             )
         self.most_growth, self.decay_growth = most_growth, decay_growth
 
@@ -171,7 +179,11 @@ class BatchController:
         batch = int(min(wanted, state.ceiling))
         if batch <= state.batch or (batch < least * state.batch and batch < state.ceiling):
             return None
-        return Target(batch, self._reason(state, verdict, batch, decay), verdict.numbers)
+        most = state.ceiling
+        if self.rule == "noise_scale" and decay is not None:
+            # After a growth that failed a batch that is rounded up would raise the rate above its peak.
+            most = batch if state.undone else min(most, int(self.decay_growth * decay.base))
+        return Target(batch, most, self._reason(state, verdict, batch, decay), verdict.numbers)
 
     def _verdict(self, state: BatchState, estimate: NoiseEstimate, decay: Decay | None) -> Verdict:
         if decay is None:
@@ -179,7 +191,7 @@ class BatchController:
         if not state.undone:
             return decay_test(estimate, state.batch, self.multiple, decay.base, decay.level, self.decay_growth)
         verdict = decay_test(estimate, state.batch, 0.0, decay.base, decay.level, self.decay_growth)
-        # In whole multiples of the base, rounded down: a plan that rounds up would raise the rate above its peak.
+        # In whole multiples of the base, rounded down, for the same reason.
         wanted = verdict.wanted // decay.base * decay.base
         return replace(verdict, wanted=wanted, passes=not wanted > state.batch)
 

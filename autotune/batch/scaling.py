@@ -31,9 +31,11 @@ The square root for Adam holds where noise is all there is: Adam divides by the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
-from autotune.errors import ConfigurationError
+from autotune.errors import ConfigurationError, UnsupportedSetupError
 
 Scaling: TypeAlias = Literal["auto", "linear", "sqrt", "sqrt_betas", "adascale", "adam", "adam_betas", "none"]
 SCALINGS = ("auto", "linear", "sqrt", "sqrt_betas", "adascale", "adam", "adam_betas", "none")
@@ -74,21 +76,34 @@ def rule_for(optimizer: Any, in_decay: bool = False) -> Scaling:
     """``"auto"``, by optimizer family.
 
     SGD takes AdaScale; in the place of a decay (``in_decay``) the batch only grows as far as the linear rule is
-    stable, and that is what it takes. What divides by a root of squared gradients takes ``"adam_betas"`` where it has
-    betas and ``"adam"`` where it has none, apart from the AdaGrad family, whose accumulated sum shrinks with the batch
-    by itself (AdAdaGrad does not rescale).
+    stable, and that is what it takes. What divides by a root of squared gradients takes ``"adam"``, apart from the
+    AdaGrad family, whose accumulated sum shrinks with the batch by itself (AdAdaGrad does not rescale).
     """
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     if "SGD" in names:
         return "linear" if in_decay else "adascale"
     if names & {"Adagrad", "AdaGradNorm"}:
         return "none"
-    return "adam_betas" if any(_has_betas(group) for group in optimizer.param_groups) else "adam"
+    return "adam"
 
 
 def scales_betas(rule: Scaling) -> bool:
     """Whether Adam's betas and eps go with the rate."""
     return rule in ("sqrt_betas", "adam_betas")
+
+
+def refuse_betas(rule: Scaling, optimizer: Any) -> None:
+    """Checks that the betas can go with the rate, where the rule wants that.
+
+    Raises:
+        UnsupportedSetupError: A group has not the two betas and the number eps of Adam, or is of a schedule-free
+            optimizer, whose first beta is a place between two weights and no memory.
+    """
+    if scales_betas(rule) and not all(_is_adams(group) for group in optimizer.param_groups):
+        raise UnsupportedSetupError(
+            f"lr_scaling={rule!r} changes the two betas and the eps that Adam has, and {type(optimizer).__name__} has "
+            'not these in every parameter group: use lr_scaling="auto"'
+        )
 
 
 def scaled_betas(betas: tuple[float, float], eps: float, growth: float) -> tuple[tuple[float, float], float]:
@@ -104,11 +119,33 @@ def scaled_betas(betas: tuple[float, float], eps: float, growth: float) -> tuple
 
 
 def scale_group_betas(optimizer: Any, growth: float) -> None:
-    """Applies :func:`scaled_betas` to every group that has betas."""
+    """Applies :func:`scaled_betas` to every group, for which :func:`refuse_betas` has no objection.
+
+    torch's Adam divides its averages by ``1 - beta^step``: its counted steps are divided by ``k``, so that this stays
+    what it was (``(beta^k)^(step/k) = beta^step``).
+    """
+    counted = {"Adam", "AdamW"} & {cls.__name__ for cls in type(optimizer).__mro__}
     for group in optimizer.param_groups:
-        if _has_betas(group):
-            group["betas"], group["eps"] = scaled_betas(group["betas"], group["eps"], growth)
+        group["betas"], group["eps"] = scaled_betas(group["betas"], group["eps"], growth)
+        for parameter in group["params"] if counted else ():
+            if "step" in (state := optimizer.state.get(parameter, {})):
+                state["step"] /= growth
 
 
-def _has_betas(group: dict[str, Any]) -> bool:
-    return "betas" in group and "eps" in group
+def scaled_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """Of every group what a growth may change beside the rate."""
+    return [{key: group[key] for key in ("betas", "eps") if key in group} for group in optimizer.param_groups]
+
+
+@contextmanager
+def scaled_settings_kept(optimizer: Any) -> Iterator[None]:
+    """They are afterwards what they were before, as where an optimizer goes back to a state and the batch does not."""
+    kept = scaled_settings(optimizer)
+    yield
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
+
+
+def _is_adams(group: dict[str, Any]) -> bool:
+    two = isinstance(betas := group.get("betas"), (tuple, list)) and len(betas) == 2
+    return two and isinstance(group.get("eps"), (int, float)) and "train_mode" not in group

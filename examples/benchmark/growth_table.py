@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import inspect
 import json
 import logging
 import math
@@ -201,10 +202,17 @@ def one(name: str, rule: str, batch: int, seed: int, folder: Path) -> str:
             return f"{name} {rule} {batch} s{seed}: {error!r}"
     result = {
         "workload": name, "rule": rule, "batch": batch, "lr": lr, "seed": seed, "loss": loss, "updates": updates,
-        "seconds": time.perf_counter() - began, "origin": origin(),
+        "seconds": time.perf_counter() - began, "origin": origin(), **_ours(rule),
     }  # fmt: skip
     keep(place(folder, workload, rule, batch, seed), result)
     return f"{name} {rule} {batch} s{seed}: {loss:.4g}"
+
+
+def _ours(rule: str) -> dict[str, Any]:
+    """What else a result of ours depends on."""
+    defaults = inspect.signature(AdaptiveBatchSize).parameters
+    names = ("noise_multiple", "lr_scaling", "decay_growth") if rule in ("noise_scale", "autolrs_grown") else ()
+    return {name: defaults[name].default for name in names}
 
 
 def place(folder: Path, workload: Workload, rule: str, batch: int, seed: int) -> Path:
@@ -345,16 +353,15 @@ def main() -> None:
 
 
 def _missing(jobs: list[tuple[str, str, int, int]], folder: Path) -> list[tuple[str, str, int, int]]:
-    """The jobs without a result, or with one at a rate that is not the tuned one any more."""
+    """The jobs without a result, or with one at a rate or under a rule that is not the present one any more."""
 
     def done(name: str, rule: str, batch: int, seed: int) -> bool:
         file = place(folder, SUITE[name], rule, batch, seed)
-        tuned = (
-            rule in _TOGETHER
-            or not file.exists()
-            or json.loads(file.read_text()).get("lr") == _rates()[name][str(batch)]
-        )
-        return file.exists() and tuned
+        if not file.exists():
+            return False
+        found = json.loads(file.read_text())
+        tuned = rule in _TOGETHER or found.get("lr") == _rates()[name][str(batch)]
+        return tuned and _ours(rule).items() <= found.items()
 
     return [one for one in jobs if not done(*one)]
 

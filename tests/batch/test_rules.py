@@ -2,6 +2,7 @@ import itertools
 import math
 
 import pytest
+import schedulefree
 import torch
 
 from autotune.batch.controller import BatchController, BatchState, Decay
@@ -16,8 +17,8 @@ from autotune.batch.rules import (
     norm_test,
     orthogonality_test,
 )
-from autotune.batch.scaling import gain, rule_for, scale_group_betas, scaled_betas
-from autotune.errors import ConfigurationError, StateError
+from autotune.batch.scaling import gain, refuse_betas, rule_for, scale_group_betas, scaled_betas
+from autotune.errors import ConfigurationError, StateError, UnsupportedSetupError
 from autotune.noise.smoothing import NoiseEstimate
 from autotune.noise.statistics import ChunkSums
 from autotune.optim import AdaGradNorm
@@ -132,6 +133,21 @@ def test_in_a_decay_the_batch_keeps_progress_and_temperature():
         assert decay_test(estimate(low), 32, 1.0, base=32, level=level, most=2.5).wanted == 80.0
 
 
+@pytest.mark.parametrize("growth", [2.0, 2.5, 3.0, 7.9])
+@pytest.mark.parametrize("limit", [None, 31, 40, 63, 64, 95])
+def test_no_plan_makes_more_of_a_decay_than_is_allowed(growth, limit):
+    controller = BatchController(rest_updates=0, decay_growth=growth)
+    state, now = controller.init(32, 4096), Split(32, 1)
+    for level in (0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.01):
+        target = controller.step(state, record_of(gradients()), estimate(100.0), 1, Decay(32, level))
+        if target is not None:
+            split = plan(target.batch, now, limit, target.most, 32)
+            assert split.examples <= growth * 32
+            if split.examples > now.examples:
+                state, now = controller.grown(state, split.examples, 1), split
+    assert now.examples > 32
+
+
 def test_where_the_user_wants_no_growth_in_a_decay_there_is_none():
     state, decay = (controller := BatchController(rest_updates=0, decay_growth=1.0)).init(32, 1024), Decay(32, 0.01)
     assert controller.step(state, record_of(gradients()), estimate(1e4), 9, decay) is None
@@ -150,6 +166,7 @@ def test_after_a_growth_that_failed_the_rate_stays_below_its_peak():
     later = controller.step(failed, record_of(gradients()), estimate(1e4), 99, Decay(32, 0.5))
     assert later is not None
     assert later.batch == 64
+    assert later.most == 64
     assert controller.undone(controller.grown(failed, 64, 99), 32, 101, decay).ceiling == 32
     assert controller.undone(state, 32, 5).ceiling == 32
 
@@ -241,7 +258,7 @@ def test_gains_are_laws():
 def test_auto_follows_the_optimizers_family():
     weight = [torch.nn.Parameter(torch.ones(2))]
     assert rule_for(torch.optim.SGD(weight, momentum=0.9, lr=0.1)) == "adascale"
-    assert rule_for(torch.optim.AdamW(weight)) == "adam_betas"
+    assert rule_for(torch.optim.AdamW(weight)) == "adam"
     assert rule_for(torch.optim.RMSprop(weight)) == "adam"
     assert rule_for(torch.optim.SGD(weight, lr=0.1), in_decay=True) == "linear"
     assert rule_for(torch.optim.Adagrad(weight)) == "none"
@@ -256,3 +273,27 @@ def test_betas_reach_back_over_as_many_examples():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
     scale_group_betas(optimizer, 4.0)
     assert optimizer.param_groups[0]["betas"] == (b1, b2)
+
+
+def test_scaled_betas_do_not_lengthen_a_step():
+    """On a gradient that is always the same Adam's step is its rate, however its averages are made."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.double))
+    optimizer = torch.optim.Adam([weight], lr=1.0, eps=1e-12)
+    for step in range(300):
+        if step == 100:
+            scale_group_betas(optimizer, 3.0)
+        before, weight.grad = weight.item(), torch.ones_like(weight)
+        optimizer.step()
+        assert before - weight.item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_betas_are_scaled_where_they_are_adams_and_refused_elsewhere():
+    weight = [torch.nn.Parameter(torch.ones(2))]
+    three = torch.optim.Optimizer(weight, {"betas": (0.9, 0.99, 0.999), "eps": 1e-8})
+    free = schedulefree.AdamWScheduleFree(weight)
+    for optimizer in (torch.optim.RMSprop(weight), torch.optim.SGD(weight, lr=0.1), three, free):
+        for rule in ("sqrt_betas", "adam_betas"):
+            with pytest.raises(UnsupportedSetupError, match="two betas"):
+                refuse_betas(rule, optimizer)
+        refuse_betas("adam", optimizer)
+    refuse_betas("adam_betas", torch.optim.NAdam(weight))

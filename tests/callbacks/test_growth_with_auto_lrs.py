@@ -5,8 +5,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from autotune.batch.scaling import scale_group_betas
 from autotune.callbacks import AdaptiveBatchSize, AutoLRS
-from autotune.decision import read_decisions
+from autotune.callbacks._growth import Rates
+from autotune.callbacks._lr_ledger import BestWeights
+from autotune.decision import Decision, read_decisions
 from tests.batch.toys import QUIET
 from tests.callbacks.harness import Save
 
@@ -64,7 +67,7 @@ def run(path, *callbacks, ckpt=None, model=None, **kwargs):
 def test_one_story(tmp_path, first):
     """Growth, the rate at once, a search at four times the batch, a decay that ends with the examples; one log."""
     lrs = AutoLRS(search_budget=0.3)
-    batch = AdaptiveBatchSize(max_batch_size=64, every_n_steps=4, rest_updates=16, lr_scaling="sqrt")
+    batch = AdaptiveBatchSize(64, every_n_steps=4, rest_updates=16, lr_scaling="sqrt", decay_growth=8.0)
     order = (lrs, batch) if first == "lrs" else (batch, lrs)
     _, model = run(tmp_path, *order)
     assert batch.batch_size >= 32
@@ -116,3 +119,28 @@ def test_resuming_both_is_exact(tmp_path, at):
     mine = [d for d in read_decisions(tmp_path / "b") if d.kind == "batch"]
     assert mine == [d for d in read_decisions(tmp_path / "a") if d.kind == "batch"]
     assert mine
+
+
+def test_a_rollback_leaves_the_betas_with_the_batch():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.3)
+    best = BestWeights(model, optimizer)
+    best.capture()
+    scale_group_betas(optimizer, 4.0)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    best.restore()
+    group = optimizer.param_groups[0]
+    assert group["weight_decay"] == 0.3
+    assert group["betas"] == pytest.approx((0.9**4, 0.999**4))
+
+
+@pytest.mark.parametrize(("action", "base"), [("set_lr", 32), ("keep_lr", 8), ("skip", 8)])
+def test_only_a_rate_that_is_set_anew_makes_the_present_batch_the_peaks(tmp_path, action, base):
+    trainer, _ = run(tmp_path, lrs := AutoLRS(search_budget=0.3), max_epochs=1)
+    rates = Rates()
+    rates.attach(trainer, 8)
+    rates.level(trainer)
+    rates.grown(32)
+    lrs._decisions.append(Decision("search", action, "by hand", 99, 99, {}))
+    rates.level(trainer)
+    assert rates.base == base
