@@ -83,3 +83,16 @@ def test_at_a_saddle_it_is_what_is_usual_for_the_optimizer(tmp_path, updates, le
     assert "usual" in longest[0]["reason"]
     assert first.numbers["lr"] == pytest.approx(10**-0.5 * 3e-3, rel=0.01)
     assert "usual" in first.reason
+
+
+def test_published_trials_too_short_to_be_extrapolated_are_compared_where_they_end(tmp_path):
+    """The first trials of a short run have a few steps; that their curve has no forecast is no explosion."""
+    callback, _, _ = run(
+        tmp_path, 1e-3, lambda: AutoLRS(objective="forecast", search_budget=0.9, search="every_stage"), max_steps=900
+    )
+    first = searches(callback)[0]
+    small = [one for one in first.numbers["candidates"] if one["lr"] < 1e-2]
+    assert small
+    assert {one["status"] for one in small} <= {"finished", "stopped"}
+    assert "no trial could be ranked" not in first.reason
+    assert first.numbers["lr"] > 1e-5
