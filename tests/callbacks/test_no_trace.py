@@ -116,4 +116,4 @@ class TestNoTrace:
         compare(tmp_path, lambda: Tiny("dropout", "random"), settings={"val_check_interval": 7})
 
     def test_as_published(self, tmp_path):
-        compare(tmp_path, lambda: Tiny("dropout"), {"max_steps": 300}, objective="forecast", search_budget=0.9)
+        compare(tmp_path, lambda: Tiny("dropout"), {"max_steps": 600}, objective="forecast", search_budget=0.9)
