@@ -8,8 +8,8 @@ All runs of a workload see the same number of examples and decay linearly to zer
 at the workload's own batch and at the best fixed one, the published rules' at the workload's own, each with the rate
 that was tuned for it. A cell is the loss over that of the best fixed batch, and the updates saved against the fixed
 batch that the run begins with. "Not growing" is that batch again, under Lightning and with its order of examples: what
-it is off by is the noise of the seeds, and what the best of five gains by being chosen. ``growth_rates.json`` keeps the
-tuned rates.
+it is off by is the noise of the seeds, and what the best of five gains by being chosen. "The same over not growing"
+is the cost of growth alone. ``growth_rates.json`` keeps the tuned rates.
 """
 
 from __future__ import annotations
@@ -239,24 +239,26 @@ def best_of(folder: Path, name: str, seeds: list[int]) -> tuple[int, tuple[float
 
 def table(names: list[str], seeds: list[int], folder: Path) -> str:
     """Loss of every contender over the best fixed batch's, and the updates it saved."""
-    heads = ["workload (best fixed batch)", "not growing", "ours from it", "ours from the suite's", *_PUBLISHED]
+    ours = ["not growing", "ours from it", "the same over not growing", "ours from the suite's"]
+    heads = ["workload (best fixed batch)", *ours, *_PUBLISHED]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     scores: dict[str, list[tuple[float, float]]] = {head: [] for head in heads[1:]}
     for name in names:
         if name not in _rates() or (found := best_of(folder, name, seeds)) is None:
             continue
-        best, (loss, updates) = found
+        best, figures = found
         start = SUITE[name].batch_size
-        own = read(folder, name, "fixed", start, seeds) or (math.nan, math.nan)
-        runs = [(_STILL, best), ("noise_scale", best), ("noise_scale", start), *((rule, start) for rule in _PUBLISHED)]
+        runs = [(_STILL, best), ("noise_scale", best), ("noise_scale", best)]
+        runs += [("noise_scale", start), *((rule, start) for rule in _PUBLISHED)]
         cells = []
         for head, (rule, first) in zip(heads[1:], runs, strict=True):
             seen = read(folder, name, rule, first, seeds)
-            if seen is None:
+            loss = read(folder, name, _STILL, best, seeds) if head == "the same over not growing" else figures
+            base = read(folder, name, "fixed", first, seeds)
+            if seen is None or loss is None or base is None:
                 cells.append("")
                 continue
-            base = updates if first == best else own[1]
-            scores[head].append((min(seen[0] / loss, WORST), 1.0 - seen[1] / base))
+            scores[head].append((min(seen[0] / loss[0], WORST), 1.0 - seen[1] / base[1]))
             cells.append(f"{scores[head][-1][0]:.3f}, {scores[head][-1][1]:.0%}")
         lines.append(f"| {name} ({best}) | {' | '.join(cells)} |")
     for title, value in (
