@@ -119,13 +119,13 @@ def scaled_betas(betas: tuple[float, float], eps: float, growth: float) -> tuple
 
 
 def scale_group_betas(optimizer: Any, growth: float) -> None:
-    """Applies :func:`scaled_betas` to every group, for which :func:`refuse_betas` has no objection.
+    """Applies :func:`scaled_betas` to every group that has what Adam has; a replay may be of another optimizer.
 
     torch's Adam divides its averages by ``1 - beta^step``: its counted steps are divided by ``k``, so that this stays
     what it was (``(beta^k)^(step/k) = beta^step``).
     """
     counted = {"Adam", "AdamW"} & {cls.__name__ for cls in type(optimizer).__mro__}
-    for group in optimizer.param_groups:
+    for group in filter(_is_adams, optimizer.param_groups):
         group["betas"], group["eps"] = scaled_betas(group["betas"], group["eps"], growth)
         for parameter in group["params"] if counted else ():
             if "step" in (state := optimizer.state.get(parameter, {})):

@@ -296,4 +296,7 @@ def test_betas_are_scaled_where_they_are_adams_and_refused_elsewhere():
             with pytest.raises(UnsupportedSetupError, match="two betas"):
                 refuse_betas(rule, optimizer)
         refuse_betas("adam", optimizer)
+        before = [dict(group) for group in optimizer.param_groups]
+        scale_group_betas(optimizer, 4.0)
+        assert optimizer.param_groups == before
     refuse_betas("adam_betas", torch.optim.NAdam(weight))
