@@ -239,26 +239,26 @@ def best_of(folder: Path, name: str, seeds: list[int]) -> tuple[int, tuple[float
 
 def table(names: list[str], seeds: list[int], folder: Path) -> str:
     """Loss of every contender over the best fixed batch's, and the updates it saved."""
-    ours = ["not growing", "ours from it", "the same over not growing", "ours from the suite's"]
+    ours = ("not growing", "ours from it", "the same over not growing", "ours from the suite's")
     heads = ["workload (best fixed batch)", *ours, *_PUBLISHED]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     scores: dict[str, list[tuple[float, float]]] = {head: [] for head in heads[1:]}
     for name in names:
         if name not in _rates() or (found := best_of(folder, name, seeds)) is None:
             continue
-        best, figures = found
-        start = SUITE[name].batch_size
-        runs = [(_STILL, best), ("noise_scale", best), ("noise_scale", best)]
-        runs += [("noise_scale", start), *((rule, start) for rule in _PUBLISHED)]
+        best, start = found[0], SUITE[name].batch_size
+        # Rule, first batch, and what at the best fixed batch the loss is compared with.
+        runs = [(_STILL, best, "fixed"), ("noise_scale", best, "fixed"), ("noise_scale", best, _STILL)]
+        runs += [(rule, start, "fixed") for rule in ("noise_scale", *_PUBLISHED)]
         cells = []
-        for head, (rule, first) in zip(heads[1:], runs, strict=True):
+        for head, (rule, first, against) in zip(heads[1:], runs, strict=True):
             seen = read(folder, name, rule, first, seeds)
-            loss = read(folder, name, _STILL, best, seeds) if head == "the same over not growing" else figures
-            base = read(folder, name, "fixed", first, seeds)
-            if seen is None or loss is None or base is None:
+            reference = read(folder, name, against, best, seeds)
+            began = read(folder, name, "fixed", first, seeds)
+            if seen is None or reference is None or began is None:
                 cells.append("")
                 continue
-            scores[head].append((min(seen[0] / loss[0], WORST), 1.0 - seen[1] / base[1]))
+            scores[head].append((min(seen[0] / reference[0], WORST), 1.0 - seen[1] / began[1]))
             cells.append(f"{scores[head][-1][0]:.3f}, {scores[head][-1][1]:.0%}")
         lines.append(f"| {name} ({best}) | {' | '.join(cells)} |")
     for title, value in (
@@ -335,6 +335,7 @@ def main() -> None:
         ]
         work(functools.partial(one, folder=args.results), _missing(jobs, args.results), args.workers)
         print(together_table(args.workloads, args.seeds, args.results))
+        write_runs(args.results, args.results / "growth-cpu.csv")
         return
     if args.tune:
         names = [name for name in args.workloads if not RATES.with_name(f"{RATES.stem}-{name}.json").exists()]

@@ -168,6 +168,12 @@ def test_adams_averages_reach_back_over_as_many_examples_where_that_is_asked_for
     assert callback.decisions[0].numbers["scale_betas"] == (power > 1)
 
 
+@pytest.mark.parametrize("scaling", ["sqrt_betas", "adam_betas"])
+def test_betas_that_are_not_there_are_refused_with_what_to_write(tmp_path, scaling):
+    with pytest.raises(UnsupportedSetupError, match='SGD has not these.*lr_scaling="auto"'):
+        fit(tmp_path, AdaptiveBatchSize(max_batch_size=16, lr_scaling=scaling))
+
+
 def test_the_default_rule_grows_a_noisy_run(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(1000, 8)
