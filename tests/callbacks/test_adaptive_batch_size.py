@@ -170,7 +170,7 @@ def test_adams_averages_reach_back_over_as_many_examples_where_that_is_asked_for
 
 @pytest.mark.parametrize("scaling", ["sqrt_betas", "adam_betas"])
 def test_betas_that_are_not_there_are_refused_with_what_to_write(tmp_path, scaling):
-    with pytest.raises(UnsupportedSetupError, match='SGD has not these.*lr_scaling="auto"'):
+    with pytest.raises(UnsupportedSetupError, match=r'SGD has not these.*lr_scaling="auto"'):
         fit(tmp_path, AdaptiveBatchSize(max_batch_size=16, lr_scaling=scaling))
 
 
