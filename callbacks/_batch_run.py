@@ -81,6 +81,8 @@ class BatchRun:
         """Asked for at a growth: ``AutoLRS`` may start its run, and with it a schedule, after us."""
         if self.settings.lr_scaling != "auto":
             return self.settings.lr_scaling
+        if self._controller.leaves_rate(self._state):
+            return "none"
         in_decay = self.settings.rule == "noise_scale" and self._decay(trainer) is not None
         return rule_for(trainer.optimizers[0], in_decay)
 
@@ -224,7 +226,13 @@ class BatchRun:
             self.tools.loader.resize(trainer, self._split.micro)
         self._align(trainer, self.tools.loader.ready(trainer))
         decay = self._decay(trainer)
-        self._state = self._controller.undone(self._state, self._split.examples, trainer.global_step, decay)
+        self._state = self._controller.undone(
+            self._state,
+            self._split.examples,
+            trainer.global_step,
+            decay,
+            may_leave_rate=self.settings.lr_scaling == "auto",
+        )
         reason = (
             f"the loss went from {losses['loss_before']:.4g} to {losses['loss_after']:.4g} after the batch had grown "
             f"to {grown.examples}: weights, optimizer and batch go back"

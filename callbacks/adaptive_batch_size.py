@@ -36,8 +36,9 @@ class AdaptiveBatchSize(Callback):
     Under a schedule (the user's or ``AutoLRS``'s) the batch grows in the place of the rate's decay, and the rate falls
     the less for it; without one it grows towards the noise scale. Every example is still seen once an epoch;
     ``max_steps``, ``max_epochs``, validation cadence and schedulers keep their meaning. A growth after which the loss
-    explodes is undone and not tried again; a batch that does not fit into memory is run in pieces. It never shrinks
-    else.
+    explodes is undone and not tried again; while the rate decays the next one keeps it below its peak, and the one
+    after that (``lr_scaling="auto"``) leaves it as scheduled. A batch that does not fit into memory is run in pieces.
+    It never shrinks else.
 
     Args:
         max_batch_size: Largest global batch, in examples; None for what leaves 32 updates an epoch.

@@ -41,7 +41,8 @@ class BatchState:
         changed_at: Updates done when it last changed.
         growths: How often it has grown.
         undone: How often a growth was taken back; after the first the noise scale is no longer believed, and in a
-            decay the batch only grows as far as the rate stays below its peak.
+            decay the batch only grows as far as the rate stays below its peak; after the second it does not grow, or,
+            where that is the controller's to choose, without a higher rate.
     """
 
     batch: int
@@ -214,12 +215,20 @@ class BatchController:
         """The batch is ``batch`` now."""
         return replace(state, batch=batch, changed_at=updates, growths=state.growths + 1)
 
-    def undone(self, state: BatchState, batch: int, updates: int, decay: Decay | None = None) -> BatchState:
+    def undone(
+        self, state: BatchState, batch: int, updates: int, decay: Decay | None = None, *, may_leave_rate: bool = False
+    ) -> BatchState:
         """The last growth was taken back to ``batch``, and is not tried again.
 
         Where the rate decays, a first growth that failed may have raised the rate above its peak; without that it may
-        grow on.
+        grow on. A second may have raised it to what only a smaller batch bears; where the caller may leave the rate as
+        scheduled (``may_leave_rate``, and then :meth:`leaves_rate` says so), it may grow on without.
         """
-        last = decay is None or self.rule != "noise_scale" or state.undone > 0
-        ceiling = batch if last else state.ceiling
+        attempts = 0 if decay is None or self.rule != "noise_scale" else 2 if may_leave_rate else 1
+        ceiling = batch if state.undone >= attempts else state.ceiling
         return replace(state, batch=batch, ceiling=ceiling, changed_at=updates, undone=state.undone + 1)
+
+    @staticmethod
+    def leaves_rate(state: BatchState) -> bool:
+        """Whether higher rates have failed so often that a growth is to leave the rate as it is scheduled."""
+        return state.undone > 1

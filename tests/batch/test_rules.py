@@ -171,6 +171,22 @@ def test_after_a_growth_that_failed_the_rate_stays_below_its_peak():
     assert controller.undone(state, 32, 5).ceiling == 32
 
 
+def test_after_two_growths_that_failed_the_rate_stays_as_scheduled_where_it_may():
+    controller = BatchController(rest_updates=0)
+    state, decay = controller.init(32, 1024), Decay(32, 0.4)
+    for ceiling in (1024, 1024, 32):
+        target = controller.step(state, record_of(gradients()), estimate(1e4), 9, decay)
+        assert target is not None
+        assert controller.leaves_rate(state) == (state.undone == 2)
+        grown = controller.grown(state, target.batch, 9)
+        state = controller.undone(grown, 32, 9, decay, may_leave_rate=True)
+        assert state.ceiling == ceiling
+    assert controller.step(state, record_of(gradients()), estimate(1e4), 9, decay) is None
+    for rule, schedule in (("noise_scale", None), ("norm", decay)):
+        other = BatchController(rule)
+        assert other.undone(other.init(32, 64), 32, 9, schedule, may_leave_rate=True).ceiling == 32
+
+
 def test_published_rules_jump_and_stop_at_the_ceiling():
     controller = BatchController("norm", Tolerances(eta=0.1))
     target = controller.step(controller.init(20, 64), record_of(gradients()), estimate(0.0), 0)

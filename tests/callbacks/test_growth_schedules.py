@@ -139,3 +139,37 @@ def test_the_default_rule_takes_the_place_of_the_decay(tmp_path):
         assert pure is False or max(rates) <= 0.01 * 16 / 12 * 1.1
     assert updates[True] <= 0.62 * 500
     assert updates[False] < updates[True]
+
+
+class Unbearable(Noisy):
+    """Its loss explodes in larger batches until so many growths were undone."""
+
+    def __init__(self, failures):
+        super().__init__()
+        self.failures = failures
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        undone = sum(d.action == "undo_growth" for d in self.trainer.callbacks[0].decisions)
+        return loss * 1e6 if len(batch[0]) > 8 and undone < self.failures else loss
+
+
+@pytest.mark.parametrize(
+    ("failures", "scaling", "gains"),
+    [(1, "auto", [2, 2, 1.5]), (2, "auto", [2, 2, 1, 1]), (3, "auto", [2, 2, 1]), (2, "linear", [2, 2])],
+)
+def test_growths_that_fail_leave_the_rate_alone_in_the_end(tmp_path, failures, scaling, gains):
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(1000, 8), torch.randn(1000, 1))
+    callback = AdaptiveBatchSize(max_batch_size=128, every_n_steps=5, rest_updates=5, lr_scaling=scaling)
+    trainer = L.Trainer(callbacks=[callback], max_epochs=4, default_root_dir=tmp_path, **QUIET)
+    L.seed_everything(1, verbose=False)
+    model, rates = Unbearable(failures), []
+    model.on_before_zero_grad = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])
+    trainer.fit(model, torch.utils.data.DataLoader(data, 8, shuffle=True))
+    changes = callback.decisions[1:]
+    assert [d.action for d in changes[: 2 * failures]] == ["grow", "undo_growth"] * min(failures, len(gains))
+    assert [d.numbers["lr_gain"] for d in changes if d.action == "grow"] == gains
+    assert callback.batch_size == (24 if len(gains) > failures else 8)
+    # Back at the scheduled rate where growths have failed for good, above it where one was borne.
+    assert (rates[-1] > 0.01 / 500 * 2.5) == (failures == 1)
