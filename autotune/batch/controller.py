@@ -199,9 +199,10 @@ class BatchController:
     def _reason(self, state: BatchState, verdict: Verdict, batch: int, decay: Decay | None) -> str:
         capped = ", the most allowed" if batch == state.ceiling else ""
         if self.rule == "noise_scale" and decay is not None:
+            kept = "the rate as scheduled, because higher ones were not borne"
             return (
                 f"the scheduled rate is at {decay.level:.2f} of its peak: from {state.batch} grow to {batch}{capped}, "
-                "in the place of as much decay"
+                f"{kept if self.leaves_rate(state) else 'in the place of as much decay'}"
             )
         if self.rule == "noise_scale":
             low, high = verdict.numbers["noise_scale_low"], verdict.numbers["noise_scale_high"]

@@ -178,6 +178,7 @@ def test_after_two_growths_that_failed_the_rate_stays_as_scheduled_where_it_may(
         target = controller.step(state, record_of(gradients()), estimate(1e4), 9, decay)
         assert target is not None
         assert controller.leaves_rate(state) == (state.undone == 2)
+        assert ("the rate as scheduled" in target.reason) == (state.undone == 2)
         grown = controller.grown(state, target.batch, 9)
         state = controller.undone(grown, 32, 9, decay, may_leave_rate=True)
         assert state.ceiling == ceiling
