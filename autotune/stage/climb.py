@@ -6,7 +6,8 @@ it begins below what the trials say, and from then on windows of the training lo
 Below what the trials say it rises unless the loss gets worse, above it only while the loss gets better; worse is what
 the noise of both windows does not explain. This is the greedy rule of feedback schedulers, begun where a search points
 instead of at a default, kept between a decade and a half below what the search says and half a decade above, and ended
-when the decay begins, which no feedback disturbs.
+when the decay begins, which no feedback disturbs. Most of what it gains over a rate that is held a slow rise without
+feedback gains too; the feedback pays where the search points far too low.
 
 =============  =============================================================  ===================
 symbol         meaning                                                        unit
