@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class HeldRate:
         run, rule, before = self._run, self.rule, self._run.state
         if rule is None or before.lr is None:
             return
+        if self._state.first == math.inf and run.watch.in_window >= LOT:
+            self._state = rule.begun(self._state, *run.watch.empty_window())
         if progress < rule.begin:
             run.watch.empty_window()
         # Fewer losses than were planned come of a batch that has grown, or of a time limit: the window waits for them.
@@ -53,12 +56,21 @@ class HeldRate:
         self._state = replace(self._state, gain=past.gain * lr / before.lr)
         if lr != before.lr:
             run.state = replace(before, lr=lr)
-            reason, numbers = words.climbed(run.state, before, loss, past.best)
+            stuck = rule.on_plateau(self._state, progress)
+            reason, numbers = words.climbed(run.state, before, loss, past.best, stuck=stuck)
             run.record("climb", "raise" if lr > before.lr else "lower", reason, numbers=numbers)
 
-    def searched(self, before: float | None, gain: float, progress: float) -> None:
-        """A search has been made, and may have set the rate anew, to so much of what it says."""
+    def searched(self, before: float | None, gain: float, progress: float, reach: float = 1.0) -> None:
+        """A search has been made, and may have set the rate anew, to so much of what it says.
+
+        Args:
+            before: The rate before it.
+            gain: The rate now as a share of what the search says.
+            progress: Now.
+            reach: The highest rate that did a trial no harm, the same way.
+        """
         if self._run.state.lr != before:
+            self._state = replace(self._state, reach=reach)
             self._begin(gain, progress)
 
     def taken_back(self, before: float | None, progress: float) -> None:
@@ -73,9 +85,9 @@ class HeldRate:
         self._begin(self._state.gain, progress)
 
     def _begin(self, gain: float, progress: float) -> None:
-        """Nothing is known of the loss: what was read is of other weights, another rate or another plan."""
+        """Little is known of the loss: what was read is of other weights, another rate or another plan."""
         self._run.watch.empty_window()
-        self._state = ClimbState(gain=gain, capped=self._state.capped)
+        self._state = replace(self._state, gain=gain, best=math.inf, best_error=0.0, better=0, worse=0)
         if self.rule is not None:
             self._state = replace(self._state, due=self.rule.first_due(progress))
 

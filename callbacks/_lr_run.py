@@ -193,7 +193,7 @@ class LRRun:
         found = {"index": before.searches, "monitor": self.trials.monitor}
         numbers = {**outcome.numbers, **words.rate(self.state, before), **found}
         self.record("search", outcome.action, outcome.reason, numbers=numbers, cost=outcome.cost)
-        self.climb.searched(before.lr, outcome.gain, progress)
+        self.climb.searched(before.lr, outcome.gain, progress, outcome.reach)
         return outcome
 
     def _begin_stage(self, progress: float, probe: Probe | None) -> None:

@@ -38,6 +38,8 @@ _PRIOR = SurrogatePrior(drift=0.0, drift_sd=0.15, offset_sd=0.1)
 _WORTH_CHANGING = 0.05
 #: What the short trials take off the loss, as a share of it, says nothing of rates below this.
 _SOME_PROGRESS = 1e-3
+#: A trial that ended at most this share of the loss above it has done no harm.
+_HARMLESS = 0.01
 #: The first rates that are tried where nothing is known.
 _FIRST_TRIED = (1e-3, 1e-1)
 
@@ -57,6 +59,7 @@ class SearchOutcome:
         seconds: Wall time.
         promised: Loss at the end of the trial nearest to ``lr`` among the longest; NaN where there is none.
         gain: ``lr`` as a share of what the search, or what is usual, says.
+        reach: The highest rate that did a trial no harm, the same way; 1 where it is not known.
     """
 
     lr: float
@@ -69,6 +72,7 @@ class SearchOutcome:
     seconds: float = 0.0
     promised: float = math.nan
     gain: float = 1.0
+    reach: float = 1.0
 
 
 #: Rate, action, reason, and the rate as a share of what was found.
@@ -202,7 +206,17 @@ class LRSearches:
             result.seconds,
             self._promised(result, legs[-1], lr),
             gain,
+            self._reach(result, lr / gain) if current is None else 1.0,
         )
+
+    def _reach(self, result: SearchResult, answer: float) -> float:
+        """The highest rate that did no trial harm, below all that did, over the answer; 1 where it is lower."""
+        if self._settings.objective == "forecast":
+            return 1.0
+        bound = result.start.loss + _HARMLESS * abs(result.start.loss)
+        harmful = min((o.log_lr for o in result.outcomes if not o.loss <= bound), default=math.inf)
+        borne = max((o.log_lr for o in result.outcomes if o.loss <= bound and o.log_lr < harmful), default=-math.inf)
+        return max(1.0, math.exp(borne) * self._share / answer)
 
     def _promised(self, result: SearchResult, leg: Leg, lr: float) -> float:
         # The published trials' losses are extrapolations; a rate that climbs begins below every trial's.

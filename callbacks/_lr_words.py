@@ -56,11 +56,15 @@ def _thinned(curve: tuple[float, ...], points: int = 100) -> list[list[float]]:
     return [[float(step), curve[step]] for step in sorted(kept)]
 
 
-def climbed(state: StageState, before: StageState, loss: float, best: float) -> tuple[str, dict[str, Any]]:
+def climbed(
+    state: StageState, before: StageState, loss: float, best: float, *, stuck: bool
+) -> tuple[str, dict[str, Any]]:
     """The held rate moves after windows of training loss, the last of them at ``loss``."""
     assert state.lr is not None
     assert before.lr is not None
-    if state.lr > before.lr:
+    if state.lr > before.lr and stuck:
+        reason = f"the training loss, {loss:.4g}, has not come down since the start: up to {state.lr:.3g}"
+    elif state.lr > before.lr:
         reason = f"the training loss, {loss:.4g} where {best:.4g} was best, bears a higher rate: up to {state.lr:.3g}"
     else:
         reason = f"the training loss, {loss:.4g} where {best:.4g} was best, gets worse: down to {state.lr:.3g}"

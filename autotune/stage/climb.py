@@ -9,6 +9,10 @@ instead of at a default, kept between a decade and a half below what the search 
 when the decay begins, which no feedback disturbs. Most of what it gains over a rate that is held a slow rise without
 feedback gains too; the feedback pays where the search points far too low.
 
+Where the loss has not come down from the run's first losses by more than the noise explains in a fifth of the run, the
+trials have told little and there is nothing to lose: on such a plateau one window that is not worse is enough for a
+step up, as far as the highest rate that did a trial no harm, and to a decade above what the search says at most.
+
 =============  =============================================================  ===================
 symbol         meaning                                                        unit
 =============  =============================================================  ===================
@@ -34,6 +38,9 @@ class ClimbState:
         due: Progress at which the present window is over.
         best: Lowest mean loss of a window so far.
         best_error: Its standard error.
+        first: Mean of the run's first losses; infinite before they are read.
+        first_error: Its standard error.
+        reach: On a plateau the rate rises while the gain is below this: there it has done a trial no harm.
         better: Windows in a row that spoke for a higher rate.
         worse: Windows in a row that spoke for a lower one.
         gain: See the module.
@@ -43,6 +50,9 @@ class ClimbState:
     due: float = 0.0
     best: float = math.inf
     best_error: float = 0.0
+    first: float = math.inf
+    first_error: float = 0.0
+    reach: float = 1.0
     better: int = 0
     worse: int = 0
     gain: float = 1.0
@@ -67,6 +77,11 @@ class Climb:
         start: The gain with which a run begins.
         lowest: The gain stays above this.
         highest: The gain stays below this.
+        sure: The loss is on a plateau until a window is better than the first losses by so many standard errors of
+            their difference,
+        moved: or by so much of them, however noisy both are.
+        lasting: A plateau counts from this progress on: many runs leave theirs by themselves.
+        plateau: The most that :attr:`ClimbState.reach` counts for.
     """
 
     begin: float = 0.02
@@ -78,18 +93,35 @@ class Climb:
     start: float = 10**-0.5
     lowest: float = 10**-1.5
     highest: float = 10**0.5
+    sure: float = 3.0
+    moved: float = 0.25
+    lasting: float = 0.2
+    plateau: float = 10.0
 
     def first_due(self, progress: float) -> float:
         """When a window is over that begins now, or with :attr:`begin`."""
         return max(progress, self.begin) + self.window
 
-    def init(self, gain: float, progress: float = 0.0) -> ClimbState:
+    def init(self, gain: float, progress: float = 0.0, reach: float = 1.0) -> ClimbState:
         """Nothing is known of the loss yet."""
-        return ClimbState(due=self.first_due(progress), gain=gain)
+        return ClimbState(due=self.first_due(progress), gain=gain, reach=reach)
+
+    def begun(self, state: ClimbState, loss: float, error: float) -> ClimbState:
+        """The run's first losses are read, and stand for a first window; not finite, they tell of no plateau."""
+        if not (math.isfinite(loss) and math.isfinite(error)):
+            return replace(state, first=-math.inf)
+        return replace(state, first=loss, first_error=error, best=loss, best_error=error)
 
     def is_due(self, state: ClimbState, progress: float) -> bool:
         """Whether a window is over, before the decay has begun."""
         return state.due <= progress < self.end
+
+    def on_plateau(self, state: ClimbState, progress: float) -> bool:
+        """Whether no window is better than the run's first losses, as far as their noise lets one say, for long now."""
+        if progress < self.lasting or not math.isfinite(state.first):
+            return False
+        margin = min(self.sure * math.hypot(state.first_error, state.best_error), self.moved * abs(state.first))
+        return state.best >= state.first - margin
 
     def step(
         self, state: ClimbState, loss: float, error: float, progress: float, *, rise: bool = True
@@ -121,21 +153,19 @@ class Climb:
         error = error if math.isfinite(error) else 0.0
         improved = loss < state.best
         worse = not loss <= state.best + self.doubt * math.hypot(error, state.best_error)
-        better = improved or (not worse and state.gain < 1.0 - 1e-9)
-        state = replace(
-            state,
-            due=max(state.due, progress - 0.5 * self.window) + self.window,
-            best=loss if improved else state.best,
-            best_error=error if improved else state.best_error,
-            better=state.better + 1 if better else 0,
-            worse=state.worse + 1 if worse else 0,
-        )
-        if max(state.better, state.worse) <= self.patience:
+        due = max(state.due, progress - 0.5 * self.window) + self.window
+        if improved:
+            state = replace(state, best=loss, best_error=error)
+        stuck = self.on_plateau(state, progress)
+        top = max(1.0, min(self.plateau, state.reach)) if stuck else 1.0
+        better = improved or (not worse and state.gain < top - 1e-9)
+        state = replace(state, due=due, better=state.better + 1 if better else 0, worse=state.worse + 1 if worse else 0)
+        if state.better <= (0 if stuck else self.patience) and state.worse <= self.patience:
             return state, 1.0
         wanted = self.factor if better else 1.0 / self.factor
         if wanted > 1.0 and (state.capped or not rise):
             wanted = 1.0
         # A gain outside, where others have taken the rate, is not brought back.
-        low, high = min(self.lowest, state.gain), max(self.highest, state.gain)
+        low, high = min(self.lowest, state.gain), max(self.highest, top, state.gain)
         gain = min(max(state.gain * wanted, low), high)
         return replace(state, better=0, worse=0, gain=gain), gain / state.gain

@@ -1,6 +1,7 @@
 """The held rate's climb on the real Trainer: what it does to the optimizer's rate, and where it keeps still."""
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import lightning as L
@@ -48,6 +49,40 @@ def test_the_optimizer_follows_every_step_of_it(tmp_path):
         assert move.cost_steps == 0.0
     assert rates[decays:] == sorted(rates[decays:], reverse=True)
     assert rates[decays + 1] == pytest.approx(peak, rel=0.01)
+
+
+class Product(L.LightningModule):
+    """Two small matrices whose product is to be learned: a saddle, from which short trials see no way down."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (torch.nn.Parameter(1e-3 * torch.randn(6, 6)) for _ in range(2))
+
+    def loss(self, batch):
+        x, _ = batch
+        return ((x @ self.left @ self.right - x @ torch.eye(6).flip(0)) ** 2).mean()
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def test_on_a_saddle_it_rises_as_far_as_trials_were_harmless(tmp_path):
+    callback, _ = run(tmp_path, Product())
+    found, moves = searches(callback)[0].numbers, climbs(callback)
+    stuck = [move for move in moves if "has not come down since the start" in move.reason]
+    assert len(stuck) >= 4
+    assert {move.action for move in stuck} == {"raise"}
+    window = UPDATES // 40
+    assert any(after.step - before.step < 1.5 * window for before, after in pairwise(stuck)), "one window is enough"
+    bound = 1.01 * found["initial_loss"]
+    borne = max(one["lr"] for one in found["candidates"] if one["loss"] <= bound)
+    assert max(move.numbers["lr"] for move in stuck) <= max(borne, 10**0.5 * found["lr"] * 10**0.5)
 
 
 def test_without_it_the_run_begins_where_the_search_says(tmp_path):
@@ -157,6 +192,24 @@ def test_losses_of_the_warm_up_say_nothing():
     # From the warm-up to the first window it falls, and then no more.
     fit.train([10.0] * 20 + [1.0] * 300)
     assert fit.actions == []
+
+
+def test_the_first_losses_tell_of_a_plateau():
+    fit = Fit()
+    fit.climb.searched(None, 10**-0.5, 0.0, 4.0)
+    fit.train([1.0] * 400)
+    assert set(fit.actions) == {"raise"}
+    assert fit.moves[-1][1]["lr"] == pytest.approx(0.1 * 4.0 / 10**-0.5)
+
+
+def test_a_run_that_is_taken_back_or_made_longer_keeps_its_first_losses():
+    fit = Fit()
+    fit.climb.searched(None, 1.0, 0.0, 10.0)
+    fit.train([1.0] * 20 + falling(200, begin=0.5))
+    fit.climb.clock_moved(fit.step / 3000)
+    moves = len(fit.moves)
+    fit.train([0.2] * 300, updates=3000)
+    assert fit.actions[moves:] == [], "level, but far below where it began"
 
 
 def test_a_window_waits_for_its_losses():

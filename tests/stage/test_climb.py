@@ -86,6 +86,76 @@ class TestDirection:
         assert set(gains(played(climb, [1.0 / n for n in range(1, 20)], rise=False))) == {climb.start}
 
 
+class TestPlateau:
+    """The loss has not come down from the run's first ones: one window is enough, up to what did a trial no harm."""
+
+    def on_plateau(self, climb, gain=10**-0.5, reach=30.0, first=1.0, error=0.0):
+        return climb.begun(climb.init(gain, reach=reach), first, error)
+
+    def test_every_window_takes_the_rate_up_to_a_decade_above_what_the_search_says(self):
+        climb = Climb(lasting=0.0)
+        found = gains(played(climb, [1.0] * 30, self.on_plateau(climb)))
+        assert found[1] == pytest.approx(climb.factor * climb.start)
+        assert all(after > before or after == climb.plateau for before, after in pairwise(found))
+        assert found[-1] == climb.plateau
+
+    def test_a_run_is_left_a_fifth_of_itself_to_leave_it(self):
+        climb = Climb()
+        states = played(climb, [1.0] * 16, self.on_plateau(climb))
+        moved = [before.due for before, after in pairwise(states) if after.gain > before.gain]
+        early = [due for due in moved if due < climb.lasting]
+        late = [due for due in moved if due >= climb.lasting]
+        assert min(after - before for before, after in pairwise(early)) > 1.5 * climb.window
+        assert max(after - before for before, after in pairwise(late)) < 1.5 * climb.window
+
+    @pytest.mark.parametrize("reach", [1.0, 2.0])
+    def test_it_stays_below_what_did_a_trial_no_harm(self, reach):
+        climb = Climb(lasting=0.0)
+        found = gains(played(climb, [1.0] * 30, self.on_plateau(climb, reach=reach)))
+        assert reach <= found[-1] <= max(climb.highest, reach)
+        assert found[-1] < climb.factor * reach
+
+    @pytest.mark.parametrize(("loss", "error", "leaves"), [(0.95, 0.01, True), (0.95, 0.02, False), (0.7, 9.0, True)])
+    def test_it_ends_where_the_loss_has_come_down_beyond_the_noise_or_by_a_quarter(self, loss, error, leaves):
+        climb = Climb(lasting=0.0)
+        state = played(climb, [loss], self.on_plateau(climb, error=error), error=error)[-1]
+        assert climb.on_plateau(state, state.due) is not leaves
+        assert (state.gain == climb.start) == leaves
+
+    def test_a_loss_that_gets_worse_takes_it_down_all_the_same(self):
+        climb = Climb(lasting=0.0)
+        state = played(climb, [1.0, 1.5, 1.5], self.on_plateau(climb, gain=1.0, reach=1.0))[-1]
+        assert state.gain == pytest.approx(1.0 / climb.factor)
+
+    def test_where_it_ended_high_the_rate_is_not_brought_back(self):
+        climb = Climb(lasting=0.0)
+        states = played(climb, [1.0] * 20 + [0.5 / n for n in range(1, 10)], self.on_plateau(climb))
+        assert {state.gain for state in states[20:]} == {climb.plateau}
+
+    @pytest.mark.parametrize(("first", "error"), [(math.nan, 0.1), (math.inf, math.nan), (1.0, math.nan)])
+    def test_first_losses_that_are_not_finite_tell_of_none(self, first, error):
+        climb = Climb(lasting=0.0)
+        states = played(climb, [1.0] * 3, self.on_plateau(climb, first=first, error=error))
+        assert not climb.on_plateau(states[-1], states[-1].due)
+        assert gains(states)[1] == climb.start
+
+    def test_what_is_capped_stays(self):
+        climb = Climb(lasting=0.0)
+        state = replace(self.on_plateau(climb, gain=1.0), capped=True)
+        assert set(gains(played(climb, [1.0] * 20, state))) == {1.0}
+
+    @pytest.mark.statistical
+    def test_noise_is_no_way_out(self):
+        climb, generator, ends = Climb(lasting=0.0), random.Random(0), []
+        for _ in range(200):
+            state = climb.begun(climb.init(climb.start, reach=30.0), generator.gauss(5.0, 0.2), 0.2)
+            while climb.is_due(state, state.due):
+                losses = [generator.gauss(5.0, 0.6) for _ in range(25)]
+                state, _ = climb.step(state, statistics.fmean(losses), statistics.stdev(losses) / 5.0, state.due)
+            ends.append(state.gain)
+        assert statistics.median(ends) > 3.0
+
+
 class TestLimits:
     def test_what_is_capped_only_falls(self):
         climb = Climb()
@@ -121,14 +191,15 @@ class TestClock:
     st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=60),
     st.floats(allow_nan=True, allow_infinity=True),
     st.sampled_from([1.0, 10**-0.5]),
+    st.booleans(),
 )
-def test_whatever_comes_it_stays_in_reach_and_says_what_it_does(losses, error, gain):
+def test_whatever_comes_it_stays_in_reach_and_says_what_it_does(losses, error, gain, first):
     climb = Climb()
-    state = climb.init(gain)
+    state = climb.begun(climb.init(gain, reach=30.0), 1.0, 0.1) if first else climb.init(gain)
     for loss in losses:
         before = state
         state, factor = climb.step(state, loss, error, state.due)
-        assert climb.lowest <= state.gain <= climb.highest
+        assert climb.lowest <= state.gain <= (climb.plateau if first else climb.highest)
         assert state.gain == pytest.approx(before.gain * factor)
         assert state.due > before.due
         assert ClimbState(**json.loads(json.dumps(state.to_dict()))) == state
