@@ -82,7 +82,8 @@ def test_on_a_saddle_it_rises_as_far_as_trials_were_harmless(tmp_path):
     assert any(after.step - before.step < 1.5 * window for before, after in pairwise(stuck)), "one window is enough"
     bound = 1.01 * found["initial_loss"]
     borne = max(one["lr"] for one in found["candidates"] if one["loss"] <= bound)
-    assert max(move.numbers["lr"] for move in stuck) <= max(borne, 10**0.5 * found["lr"] * 10**0.5)
+    answer = found["lr"] / Climb().start
+    assert 1.5 * answer < max(move.numbers["lr"] for move in stuck) <= max(borne, Climb().highest * answer)
 
 
 def test_without_it_the_run_begins_where_the_search_says(tmp_path):
