@@ -20,6 +20,7 @@ from autotune.search import (
     Search,
     SearchState,
 )
+from autotune.search.state import highest_harmless
 from autotune.search.surrogate import SurrogatePrior
 from autotune.search.usual import cautious_lr, usual_lr
 from autotune.stage.machine import Probe
@@ -38,8 +39,6 @@ _PRIOR = SurrogatePrior(drift=0.0, drift_sd=0.15, offset_sd=0.1)
 _WORTH_CHANGING = 0.05
 #: What the short trials take off the loss, as a share of it, says nothing of rates below this.
 _SOME_PROGRESS = 1e-3
-#: A trial that ended at most this share of the loss above it has done no harm.
-_HARMLESS = 0.01
 #: The first rates that are tried where nothing is known.
 _FIRST_TRIED = (1e-3, 1e-1)
 
@@ -210,13 +209,10 @@ class LRSearches:
         )
 
     def _reach(self, result: SearchResult, answer: float) -> float:
-        """The highest rate that did no trial harm, below all that did, over the answer; 1 where it is lower."""
+        """The highest rate that did no trial harm, as a run's peak, over the answer; 1 where it is lower."""
         if self._settings.objective == "forecast":
             return 1.0
-        bound = result.start.loss + _HARMLESS * abs(result.start.loss)
-        harmful = min((o.log_lr for o in result.outcomes if not o.loss <= bound), default=math.inf)
-        borne = max((o.log_lr for o in result.outcomes if o.loss <= bound and o.log_lr < harmful), default=-math.inf)
-        return max(1.0, math.exp(borne) * self._share / answer)
+        return max(1.0, math.exp(highest_harmless(result.outcomes, result.start.loss)) * self._share / answer)
 
     def _promised(self, result: SearchResult, leg: Leg, lr: float) -> float:
         # The published trials' losses are extrapolations; a rate that climbs begins below every trial's.

@@ -63,7 +63,7 @@ def climbed(
     assert state.lr is not None
     assert before.lr is not None
     if state.lr > before.lr and stuck:
-        reason = f"the training loss, {loss:.4g}, has not come down since the start: up to {state.lr:.3g}"
+        reason = f"the training loss, {loss:.4g}, is not clearly below where it began: up to {state.lr:.3g}"
     elif state.lr > before.lr:
         reason = f"the training loss, {loss:.4g} where {best:.4g} was best, bears a higher rate: up to {state.lr:.3g}"
     else:

@@ -6,7 +6,7 @@ Notation: as in :mod:`autotune.search.surrogate`; losses in units of the loss, l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,8 @@ from autotune.search.acquisition import Proposal
 from autotune.search.observation import Observation, Status
 
 STATUSES = ("finished", "stopped", "diverged")
+
+_HARMLESS = 0.01  # share of the starting loss by which a trial that did no harm may end above it
 
 
 @dataclass(frozen=True)
@@ -235,3 +237,14 @@ def progress_fraction(state: SearchState) -> float:
         return 0.0
     drop = state.initial_loss - state.best.loss
     return drop / abs(state.initial_loss) if state.initial_loss else math.inf
+
+
+def highest_harmless(outcomes: Iterable[Outcome], initial_loss: float) -> float:
+    """The highest log learning rate whose trial did no harm, below all that did; -inf where there is none.
+
+    Harm is an end more than a hundredth of the starting loss above it, one that was not measured, or an explosion.
+    """
+    bound = initial_loss + _HARMLESS * abs(initial_loss)
+    harmed = [(o.log_lr, o.status == "diverged" or not o.loss <= bound) for o in outcomes]
+    lowest = min((log_lr for log_lr, harm in harmed if harm), default=math.inf)
+    return max((log_lr for log_lr, harm in harmed if not harm and log_lr < lowest), default=-math.inf)

@@ -40,7 +40,8 @@ class ClimbState:
         best_error: Its standard error.
         first: Mean of the run's first losses; infinite before they are read.
         first_error: Its standard error.
-        reach: On a plateau the rate rises while the gain is below this: there it has done a trial no harm.
+        reach: On a plateau the rate rises while the gain is below this, up to which it has done no trial harm; the last
+            step may end above it.
         better: Windows in a row that spoke for a higher rate.
         worse: Windows in a row that spoke for a lower one.
         gain: See the module.
@@ -76,10 +77,10 @@ class Climb:
         doubt: A window is worse than the best by more than so many standard errors of their difference, or it is not.
         start: The gain with which a run begins.
         lowest: The gain stays above this.
-        highest: The gain stays below this.
-        sure: The loss is on a plateau until a window is better than the first losses by so many standard errors of
-            their difference,
-        moved: or by so much of them, however noisy both are.
+        highest: The gain stays below this, but on a plateau.
+        sure: A window that is better than the run's first losses by so many standard errors of the difference ends a
+            plateau.
+        moved: So does one that is better by this share of them, however noisy both are.
         lasting: A plateau counts from this progress on: many runs leave theirs by themselves.
         plateau: The most that :attr:`ClimbState.reach` counts for.
     """

@@ -14,6 +14,7 @@ from response_bank import BANK, Response, run
 
 from autotune.errors import ConfigurationError, StateError
 from autotune.search import GridSearch, LogSpace, LRSearch, Outcome, PublishedSearch, SearchState
+from autotune.search.state import highest_harmless
 
 SEARCHES = (LRSearch, GridSearch, PublishedSearch)
 CLIFF = Response("cliff", -6.0, 0.2)
@@ -281,6 +282,30 @@ def test_the_published_search_fills_space_and_takes_the_best():
     xs = sorted(o.log_lr for o in state.outcomes)
     assert max(b - a for a, b in itertools.pairwise(xs)) < 4.5  # kappa 1e6: a space-filling design
     assert PublishedSearch().recommend(state).log_lr == state.best.log_lr
+
+
+@pytest.mark.parametrize(
+    ("trials", "highest"),
+    [
+        ([], -math.inf),
+        ([(-5.0, 2.0), (-3.0, 2.01)], -3.0),
+        ([(-5.0, 2.0), (-3.0, 2.03)], -5.0),
+        ([(-5.0, 1.0), (-3.0, 9.0), (-1.0, 2.0)], -5.0),
+        ([(-5.0, 1.0), (-3.0, math.nan), (-1.0, 1.0)], -5.0),
+        ([(-5.0, 3.0)], -math.inf),
+        ([(-5.0, 1.0), (-3.0, 1.0), (-3.0, 3.0)], -5.0),
+    ],
+)
+def test_the_highest_harmless_rate_lies_below_all_that_did_harm(trials, highest):
+    outcomes = [Outcome(log_lr, 10, loss) for log_lr, loss in trials]
+    assert highest_harmless(outcomes, 2.0) == highest
+    # A loss below zero, as a likelihood's density may give, has the same margin.
+    assert highest_harmless([Outcome(o.log_lr, 10, o.loss - 4.0) for o in outcomes], -2.0) == highest
+
+
+def test_an_explosion_is_harm_wherever_it_was_read_off():
+    exploded = Outcome(-3.0, 10, 1.0, 4, "diverged")
+    assert highest_harmless([Outcome(-5.0, 10, 1.0), exploded, Outcome(-1.0, 10, 1.0)], 2.0) == -5.0
 
 
 def proposal_seconds(repeats):
