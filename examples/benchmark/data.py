@@ -176,4 +176,95 @@ def ratings(
     return TensorBatches(x[:train], y[:train]), TensorBatches(x[train:], y[train:])
 
 
-SOURCES = {f.__name__: f for f in (stdlib_bytes, mnist1d, digits, friedman, parity, pixels, ratings)}
+@functools.cache
+def cancer(train: int = 400) -> tuple[TensorBatches, TensorBatches]:
+    """scikit-learn's breast cancer measurements, thirty standardised features, two classes; the rest held out."""
+    from sklearn.datasets import load_breast_cancer
+
+    return _tabular(load_breast_cancer(), train)
+
+
+@functools.cache
+def diabetes(train: int = 300) -> tuple[TensorBatches, TensorBatches]:
+    """scikit-learn's diabetes progression, ten features to one number, both standardised; the rest held out."""
+    from sklearn.datasets import load_diabetes
+
+    return _tabular(load_diabetes(), train)
+
+
+def _tabular(found: Any, train: int) -> tuple[TensorBatches, TensorBatches]:
+    order = np.random.default_rng(0).permutation(len(found.target))
+    x, y = found.data[order], found.target[order]
+    x = (x - x[:train].mean(0)) / x[:train].std(0)
+    if np.issubdtype(y.dtype, np.floating):
+        y = ((y - y[:train].mean()) / y[:train].std()).astype(np.float32)[:, None]
+    return _pair(x, y, train)
+
+
+@functools.cache
+def heavy_tails(train: int = 3000, freedom: float = 1.5) -> tuple[TensorBatches, TensorBatches]:
+    """Friedman's first regression under Student's t noise of ``freedom`` degrees; standardised by the clean target."""
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(train + 1000, noise=0.0, random_state=1)
+    noise = np.random.default_rng(1).standard_t(freedom, len(y))
+    y = (y - y[:train].mean()) / y[:train].std() + 0.2 * noise
+    return _pair((x - 0.5) / 0.29, y.astype(np.float32)[:, None], train)
+
+
+@functools.cache
+def noisy_digits(noise: float = 0.4, train: int = 1297) -> tuple[TensorBatches, TensorBatches]:
+    """Digits under Gaussian noise -> the clean digits; 500 held out."""
+    clean = [part.inputs for part in digits(train)]
+    generator = torch.Generator().manual_seed(0)
+    made = [TensorBatches(x + noise * torch.randn(x.shape, generator=generator), x) for x in clean]
+    return made[0], made[1]
+
+
+@functools.cache
+def sorting(symbols: int = 16, length: int = 10, train: int = 20_000) -> tuple[TensorBatches, TensorBatches]:
+    """Random sequences -> the same sequences sorted; 1000 held out."""
+    x = np.random.default_rng(0).integers(0, symbols, (train + 1000, length))
+    rows, targets = torch.from_numpy(x), torch.from_numpy(np.sort(x, 1))
+    return TensorBatches(rows[:train], targets[:train]), TensorBatches(rows[train:], targets[train:])
+
+
+@functools.cache
+def adding(length: int = 25, train: int = 10_000) -> tuple[TensorBatches, TensorBatches]:
+    """Hochreiter and Schmidhuber's adding problem: the sum of the two marked numbers of a sequence; 1000 held out."""
+    rng = np.random.default_rng(0)
+    total = train + 1000
+    numbers, marks = rng.random((total, length)), np.zeros((total, length))
+    for half in (slice(0, length // 2), slice(length // 2, length)):
+        places = np.arange(length)[half]
+        marks[np.arange(total), rng.choice(places, total)] = 1.0
+    sums = (numbers * marks).sum(1).astype(np.float32)[:, None]
+    return _pair(np.stack([numbers, marks], 2), sums, train)
+
+
+@functools.cache
+def authors(context: int = 64, grams: int = 4096, train: int = 8000) -> tuple[TensorBatches, TensorBatches]:
+    """Hashed byte trigrams of a window of one of eight of the standard library's modules -> which; a fifth held out."""
+    names = ("argparse", "ast", "inspect", "ipaddress", "smtplib", "statistics", "tarfile", "typing")
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    rows, labels = [], []
+    for label, name in enumerate(names):
+        raw = np.frombuffer((folder / f"{name}.py").read_bytes(), dtype=np.uint8).astype(np.int64)
+        hashed = (raw[:-2] * 65_599 + raw[1:-1] * 257 + raw[2:]) % grams
+        cut = hashed[: len(hashed) // context * context].reshape(-1, context)
+        rows.append(cut)
+        labels.append(np.full(len(cut), label))
+    x, y = np.concatenate(rows), np.concatenate(labels)
+    order = np.random.default_rng(0).permutation(len(y))
+    x, y = torch.from_numpy(x[order]), torch.from_numpy(y[order])
+    cut_at = min(train, len(y) * 4 // 5)
+    return TensorBatches(x[:cut_at], y[:cut_at]), TensorBatches(x[cut_at:], y[cut_at:])
+
+
+SOURCES = {
+    source.__name__: source
+    for source in (
+        *(stdlib_bytes, mnist1d, digits, friedman, parity, pixels, ratings),
+        *(cancer, diabetes, heavy_tails, noisy_digits, sorting, adding, authors),
+    )
+}

@@ -24,9 +24,10 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from results import FOLDER, path_of  # noqa: E402
 from rich.progress import track  # noqa: E402
-from run import RESULTS, path_of, run_one  # noqa: E402
-from workloads import SUITE  # noqa: E402
+from run import run_one  # noqa: E402
+from suite import SUITE  # noqa: E402
 
 from autotune.stage.outlook import look_ahead  # noqa: E402
 
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
     jobs = [(name, seed) for seed in options.seeds for name in SUITE]
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:

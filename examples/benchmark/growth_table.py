@@ -36,9 +36,11 @@ import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from data import TensorBatches, as_is  # noqa: E402
 from report import WORST, geometric  # noqa: E402
-from run import RESULTS, keep, origin, path_of, validation_loss, work  # noqa: E402
+from results import FOLDER, keep, path_of  # noqa: E402
+from run import origin, validation_loss, work  # noqa: E402
+from suite import SUITE  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
-from workloads import SUITE, Task, Workload  # noqa: E402
+from workloads import Task, Workload  # noqa: E402
 
 from autotune.callbacks import AdaptiveBatchSize, AutoLRS  # noqa: E402
 from autotune.errors import AutotuneError  # noqa: E402
@@ -327,7 +329,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="find the rates on --seeds and stop")
     parser.add_argument("--together", action="store_true", help="under AutoLRS, with and without growth")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FOLDER)
     args = parser.parse_args()
     if args.together:
         jobs = [

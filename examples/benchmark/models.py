@@ -167,4 +167,180 @@ class Factors(nn.Module):
         return (self.rows(x[:, 0]) * self.columns(x[:, 1])).sum(-1, keepdim=True)
 
 
-NETWORKS = {c.__name__: c for c in (GPT, Recurrent, PatchTransformer, Conv, ResConv, MLP, AutoEncoder, Factors)}
+class LSTM(nn.Module):
+    """Byte-level LSTM language model."""
+
+    def __init__(self, width: int = 48, layers: int = 1) -> None:
+        super().__init__()
+        self.token = nn.Embedding(128, width)
+        self.rnn = nn.LSTM(width, width, layers, batch_first=True)
+        self.head = nn.Linear(width, 128)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.rnn(self.token(ids))[0])
+
+
+class CausalConv(nn.Module):
+    """Byte-level language model of dilated causal convolutions with residual connections."""
+
+    def __init__(self, width: int = 48, layers: int = 4) -> None:
+        super().__init__()
+        self.token = nn.Embedding(128, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.convolutions = nn.ModuleList(nn.Conv1d(width, width, 2, dilation=2**i) for i in range(layers))
+        self.head = nn.Linear(width, 128)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids)
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            past = F.pad(norm(x).transpose(1, 2), (convolution.dilation[0], 0))
+            x = x + F.gelu(convolution(past)).transpose(1, 2)
+        return self.head(x)
+
+
+class Counter(nn.Module):
+    """(batch, time, features) -> (batch, 1): a GRU whose last state is read."""
+
+    def __init__(self, features: int = 2, width: int = 32) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(features, width, batch_first=True)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Rearranger(nn.Module):
+    """(batch, time) symbols -> (batch, time, symbols) logits: a transformer that sees the whole sequence."""
+
+    def __init__(self, symbols: int = 16, length: int = 10, width: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(symbols, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, 4, causal=False) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, symbols)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return self.head(self.norm(self.blocks(self.token(ids) + self.position(places))))
+
+
+class Mixer(nn.Module):
+    """8x8 image -> class logits: its sixteen patches of four pixels are mixed along places and features in turn."""
+
+    def __init__(self, width: int = 24, layers: int = 2, classes: int = 10) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * layers))
+        sizes = [16, width] * layers
+        self.mixers = nn.ModuleList(
+            nn.Sequential(nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, size)) for size in sizes
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
+        x = self.embed(patches)
+        for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
+            mixed = norm(x)
+            x = x + (mixer(mixed) if i % 2 else mixer(mixed.transpose(1, 2)).transpose(1, 2))
+        return self.head(x.mean(1))
+
+
+class PlainConv2d(nn.Module):
+    """8x8 image -> class logits: convolutions without normalisation, dropout before the head."""
+
+    def __init__(self, width: int = 12, layers: int = 3, dropout: float = 0.2, classes: int = 10) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        for i in range(layers):
+            parts += [nn.Conv2d(width if i else 1, width, 3, padding=1, stride=2 if i == 1 else 1), nn.ReLU()]
+        self.body = nn.Sequential(*parts)
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(16 * width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.view(-1, 1, 8, 8)))
+
+
+class Denoiser(nn.Module):
+    """8x8 image -> 8x8 image: convolutions down and up again with a skip connection."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, width, 3, padding=1)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+        self.last = nn.Conv2d(2 * width, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = F.relu(self.first(x.view(-1, 1, 8, 8)))
+        coarse = F.relu(self.up(F.relu(self.down(fine))))
+        return self.last(torch.cat([fine, coarse], 1)).flatten(1)
+
+
+class VAE(nn.Module):
+    """Image -> logits of its pixels, means and log variances of its ``latent`` code, side by side."""
+
+    def __init__(self, inputs: int = 64, width: int = 64, latent: int = 6) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 2 * latent))
+        self.decode = nn.Sequential(nn.Linear(latent, width), nn.ReLU(), nn.Linear(width, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, log_variance = self.encode(x).chunk(2, 1)
+        noise = torch.randn_like(mean) if self.training else torch.zeros_like(mean)
+        return torch.cat([self.decode(mean + noise * (log_variance / 2).exp()), mean, log_variance], 1)
+
+
+class GroupNormConv(nn.Module):
+    """(batch, length) signal -> class logits: residual convolutions with GroupNorm."""
+
+    def __init__(self, width: int = 16, blocks: int = 2, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(1, width, 5, stride=2, padding=2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(4, width), nn.SiLU(), nn.Conv1d(width, width, 3, padding=1))
+            for _ in range(2 * blocks)
+        )
+        self.norm, self.head = nn.GroupNorm(4, width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x[:, None])
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(F.silu(self.norm(x)).mean(2))
+
+
+class Bag(nn.Module):
+    """(batch, length) ids of n-grams -> class logits: the mean of their embeddings, and a hidden layer."""
+
+    def __init__(self, grams: int = 4096, width: int = 32, classes: int = 8) -> None:
+        super().__init__()
+        self.grams = nn.EmbeddingBag(grams, width)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.grams(ids))
+
+
+class Dropped(nn.Module):
+    """Perceptron with dropout."""
+
+    def __init__(self, inputs: int, outputs: int, width: int = 64, depth: int = 2, dropout: float = 0.3) -> None:
+        super().__init__()
+        sizes = [inputs] + [width] * depth
+        parts: list[nn.Module] = []
+        for a, b in itertools.pairwise(sizes):
+            parts += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)]
+        self.body = nn.Sequential(*parts, nn.Linear(sizes[-1], outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+NETWORKS = {
+    network.__name__: network
+    for network in (
+        *(GPT, Recurrent, PatchTransformer, Conv, ResConv, MLP, AutoEncoder, Factors),
+        *(LSTM, CausalConv, Counter, Rearranger, Mixer, PlainConv2d, Denoiser, VAE, GroupNormConv, Bag, Dropped),
+    )
+}

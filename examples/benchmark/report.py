@@ -11,48 +11,14 @@ whose number stands in the table.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 import statistics
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-from workloads import SUITE
+from results import FOLDER, Runs, load, loss_of, means, write_lines
+from suite import add_options, label, wanted_workloads
 
-RESULTS = Path(__file__).resolve().parent / "results"  # as run.py has it
-Runs = dict[str, dict[int, dict[str, Any]]]  # method -> seed -> result
 WORST = 10.0  # a ratio is cut here, so that one diverged run does not decide a geometric mean alone
-
-
-def load(folder: Path, scale: str, seeds: list[int] | None = None) -> dict[str, Runs]:
-    """Results of the present definitions, by workload, method and seed; of all seeds where none are given."""
-    found: dict[str, Runs] = {}
-    for workload in (w.scaled(scale) for w in SUITE.values()):
-        runs: Runs = defaultdict(dict)
-        for file in sorted((folder / f"{workload.name}-{workload.key()}").glob("*.json")):
-            result = json.loads(file.read_text())
-            if isinstance(result, dict) and (seeds is None or result["seed"] in seeds):
-                runs[result["method"]][result["seed"]] = result
-        if runs:
-            found[workload.name] = dict(runs)
-    return found
-
-
-def loss_of(result: dict[str, Any]) -> float:
-    """Final loss; a run that crashed or diverged counts as infinite."""
-    loss = result["loss"]
-    return math.inf if loss is None or not math.isfinite(loss) else float(loss)
-
-
-def means(runs: Runs, seeds: list[int], prefix: str = "") -> dict[str, float]:
-    """Mean loss of every method that has all the seeds."""
-    return {
-        name: statistics.fmean(loss_of(by_seed[s]) for s in seeds)
-        for name, by_seed in runs.items()
-        if name.startswith(prefix) and all(s in by_seed for s in seeds)
-    }
 
 
 def best_of_sweep(runs: Runs, seeds: list[int]) -> tuple[str, float]:
@@ -74,7 +40,7 @@ def ratio(loss: float, best: float) -> float:
 
 
 def tuned_equivalent(runs: Runs, name: str, loss: float, seeds: list[int]) -> float:
-    """Share of T after which the best sweep run's curve (mean over seeds) first reached ``loss``; above 1: never.
+    """Share of T after which the best sweep run's curve (mean over seeds) first reached ``loss``; infinite: never.
 
     A decayed run reaches its loss at its end, so this is an upper bound on what a shorter tuned run would need.
     """
@@ -90,7 +56,9 @@ def equivalents(found: dict[str, Runs], seeds: list[int]) -> list[str]:
     """The tuned-equivalent of AutoLRS on every workload where it has all the seeds."""
     said = []
     for workload, runs in found.items():
-        if "autolrs" in means(runs, seeds):
+        if "autolrs" in means(runs, seeds) and all(
+            "curve" in runs[name][seed] for name in ("autolrs", best_of_sweep(runs, seeds)[0]) for seed in seeds
+        ):
             # Curves are of a part of the validation set: the end of ours is what theirs are compared with.
             loss = statistics.fmean(runs["autolrs"][s]["curve"][-1][1] for s in seeds)
             said.append(f"{workload} {tuned_equivalent(runs, best_of_sweep(runs, seeds)[0], loss, seeds):.2f}")
@@ -159,20 +127,6 @@ def _beaten(found: dict[str, Runs], name: str, seeds: list[int]) -> str:
     return f"{sum(pairs)} of {len(pairs)}" if pairs else ""
 
 
-def write_runs(found: dict[str, Runs], target: Path) -> None:
-    """Every run without its curves: what the table is made of, small enough to be kept with the code."""
-    numbers = ["loss", "budget", "updates", "cost", "trial_steps", "seconds"]
-    origin = ["commit", "machine", "versions"]
-    with target.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["workload", "key", "method", "seed", *numbers, *origin, "error"])
-        for workload, runs in sorted(found.items()):
-            for method, by_seed in sorted(runs.items()):
-                for seed, r in sorted(by_seed.items()):
-                    known = [workload, r.get("key"), method, seed, *(r.get(key) for key in numbers)]
-                    rows.writerow([*known, *(r.get("origin", {}).get(key) for key in origin), r.get("error")])
-
-
 def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
     """Validation loss over total cost (mean and spread over seeds) and the learning rate over updates."""
     import matplotlib
@@ -184,7 +138,7 @@ def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
     shown = [best, *(m for m in sorted(runs) if m == "autolrs" or not m.startswith(("sweep/", "autolrs")))]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     for name in shown:
-        ours = [runs[name][s] for s in seeds if s in runs[name] and runs[name][s]["loss"] is not None]
+        ours = [runs[name][s] for s in seeds if "curve" in runs[name].get(s, {})]
         if not ours:
             continue
         points = list(zip(*(r["curve"] for r in ours), strict=False))
@@ -212,23 +166,32 @@ def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--scale", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_options(parser)
+    parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--methods", nargs="*", help="columns of the table (all)")
     parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="print the table and write nothing")
     options = parser.parse_args()
-    found = load(options.results, options.scale, options.seeds)
+    everything = load(options.results, wanted_workloads(options), label(options))
+    found = {
+        workload: {name: by_seed for name, by_seed in runs.items() if any(seed in by_seed for seed in options.seeds)}
+        for workload, runs in everything.items()
+    }
+    found = {workload: runs for workload, runs in found.items() if runs}
     if not found:
         raise SystemExit(f"no results of the present workloads in {options.results}: run run.py first")
     text = table(found, options.seeds, options.methods)
     origins = sorted({tuple(r["origin"].values()) for runs in found.values() for by in runs.values()
-                      for r in by.values() if "origin" in r})  # fmt: skip
+                      for seed, r in by.items() if "origin" in r and seed in options.seeds})  # fmt: skip
     text += "\n\n" + "\n".join(" · ".join(origin) for origin in origins)
-    text += "\n\ntuned-equivalent of AutoLRS (share of T at which the best tuned run reached its loss): "
-    text += ", ".join(equivalents(found, options.seeds))
-    (options.results / f"table-{options.scale}.md").write_text(text + "\n")
-    write_runs(load(options.results, options.scale), options.results / f"runs-{options.scale}.csv")
+    if reached := equivalents(found, options.seeds):
+        text += "\n\ntuned-equivalent of AutoLRS (share of T at which the best tuned run reached its loss): "
+        text += ", ".join(reached)
     print(text)
+    if options.dry_run:
+        return
+    (options.results / f"table-{label(options)}.md").write_text(text + "\n")
+    write_lines(everything, options.results / f"runs-{label(options)}.csv")
     if not options.no_figures:
         for workload, runs in found.items():
             print(draw(workload, runs, options.seeds, options.results / "figures"))

@@ -7,6 +7,7 @@ will be spent besides. Real updates and everything else add up to the workload's
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import tempfile
 import warnings
@@ -16,14 +17,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.tuner import Tuner
-from workloads import Task, Workload
+from workloads import OPTIMIZERS, Task, Workload
 
 from autotune.callbacks import AutoLRS
 
 WARMUP = 0.02
 SHAPES = ("linear", "cosine", "hold")
 #: log10 of the middle of the seven-LR sweep, by workload where it is not the optimizer family's.
-_CENTRES = {"AdamW": -2.5, "RMSprop": -2.5, "SGD": -1.0}
+_CENTRES = {"Adam": -2.5, "AdamW": -2.5, "NAdam": -2.5, "RMSprop": -2.5, "Adagrad": -1.5, "SGD": -1.0}
 _SPECIAL = {"finetune": -1.5, "overfit": -2.5, "saturating": 0.0, "gpt_sgd": -0.5}
 CHECKS = 40  # validation checks that feedback schedulers get; they count a third of a step a batch
 
@@ -56,7 +57,7 @@ def shape(name: str, progress: float) -> float:
 
 def sweep_lrs(workload: Workload) -> list[float]:
     """Seven rates half a decade apart, around what the optimizer's users would try first."""
-    name = workload.name.removesuffix("-gpu")
+    name, *_ = workload.name.split("-")  # a twin's name ends in what it is
     centre = _SPECIAL.get(name, _CENTRES[workload.optimizer])
     return [10 ** (centre + 0.5 * i) for i in range(-3, 4)]
 
@@ -79,7 +80,7 @@ def scheduled(name: str, lr: float) -> Method:
 
 def default_lr(workload: Workload) -> float:
     """torch's own default for the optimizer: what someone gets who sets nothing."""
-    return {"SGD": 1e-3, "AdamW": 1e-3, "RMSprop": 1e-2}[workload.optimizer]
+    return float(inspect.signature(OPTIMIZERS[workload.optimizer]).parameters["lr"].default)
 
 
 def constant(workload: Workload, seed: int) -> Fit:

@@ -3,6 +3,8 @@
     python examples/benchmark/run.py                              # all that is missing, developing seeds 0 and 1
     python examples/benchmark/run.py --seeds 10 11 12 13 14 --methods autolrs top3
     python examples/benchmark/run.py --workloads parity --scale gpu
+    python examples/benchmark/run.py --set held-out --methods linear hold autolrs
+    python examples/benchmark/run.py --steps 600 --methods linear hold autolrs
 
 Every result is one JSON file whose folder carries the hash of the workload's definition: a changed workload is run
 again, everything else is kept. ``report.py`` reads the folder.
@@ -13,11 +15,9 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -33,10 +33,11 @@ sys.path.insert(0, str(HERE))
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
+from results import FOLDER, Runs, keep, load, means, path_of  # noqa: E402
 from rivals import POLICIES, RIVALS, SHAPES, Fit, bare_trainer, method  # noqa: E402
-from workloads import SUITE, Task, Workload  # noqa: E402
+from suite import add_options, label, wanted_workloads  # noqa: E402
+from workloads import Task, Workload  # noqa: E402
 
-RESULTS = HERE / "results"
 POINTS = 20  # measurements along a run's curve; they are the benchmark's own and cost the method nothing
 CURVE_EXAMPLES = 512  # of the validation set, for the curve; the loss at the end is that of the whole set
 
@@ -133,11 +134,6 @@ def origin() -> dict[str, str]:
     }
 
 
-def path_of(folder: Path, workload: Workload, name: str, seed: int) -> Path:
-    """Where a result lies."""
-    return folder / f"{workload.name}-{workload.key()}" / f"{name.replace('/', '-')}-s{seed}.json"
-
-
 def job(name: str, workload: Workload, seed: int, folder: Path) -> str:
     """One run in a worker: its result, or why there is none, goes to disk whole or not at all."""
     try:
@@ -149,61 +145,46 @@ def job(name: str, workload: Workload, seed: int, folder: Path) -> str:
     return f"{workload.name} {name} s{seed}: {result['loss']}"
 
 
-def keep(target: Path, result: dict[str, Any]) -> None:
-    """Writes a result, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(result))
-    draft.replace(target)
-
-
-def top(folder: Path, workload: Workload, count: int, seeds: tuple[int, ...] = (0, 1)) -> list[str]:
+def top(runs: Runs, count: int, seeds: tuple[int, ...] = (0, 1)) -> list[str]:
     """The sweep's configurations with the lowest mean loss over the developing seeds: those worth the reporting ones.
 
     Raises:
-        FileNotFoundError: No configuration of the sweep was run on the developing seeds.
+        ValueError: No configuration of the sweep was run on the developing seeds.
     """
-    found: dict[str, list[float]] = {}
-    for name in wanted(["sweep"]):
-        files = [path_of(folder, workload, name, seed) for seed in seeds]
-        if all(file.exists() for file in files):
-            losses = [json.loads(file.read_text())["loss"] for file in files]
-            found[name] = [float("inf") if loss is None or loss != loss else loss for loss in losses]
+    found = means(runs, seeds, "sweep/")
     if not found:
-        raise FileNotFoundError(f"{workload.name}: run the sweep on seeds {seeds} first (--methods sweep --seeds 0 1)")
-    return sorted(found, key=lambda name: statistics.fmean(found[name]))[:count]
+        raise ValueError(f"run the sweep on seeds {seeds} first (--methods sweep --seeds 0 1)")
+    return sorted(found, key=found.__getitem__)[:count]
 
 
-def chosen(names: list[str], folder: Path, workload: Workload) -> list[str]:
-    """:func:`wanted`, with ``top3`` for the sweep's best three on the developing seeds."""
-    return [one for name in names for one in (top(folder, workload, 3) if name == "top3" else wanted([name]))]
-
-
-def wanted(names: list[str]) -> list[str]:
-    """Method names: ``sweep`` stands for 7 rates times 3 shapes, ``rivals`` and ``policies`` for all of a kind."""
+def wanted(names: list[str], runs: Runs) -> list[str]:
+    """Method names: ``sweep`` stands for 7 rates times 3 shapes and a shape's name for its 7, ``rivals`` and
+    ``policies`` for all of a kind, ``top3`` for the sweep's best three on the developing seeds.
+    """
     groups = {
         "sweep": [f"sweep/{form}/{i}" for form in SHAPES for i in range(7)],
-        "linear": [f"sweep/linear/{i}" for i in range(7)],
+        **{form: [f"sweep/{form}/{i}" for i in range(7)] for form in SHAPES},
         "rivals": list(RIVALS),
         "policies": list(POLICIES),
     }
-    return [one for name in names for one in groups.get(name, [name])]
+    return [one for name in names for one in (top(runs, 3) if name == "top3" else groups.get(name, [name]))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="*", default=list(SUITE), choices=list(SUITE))
+    add_options(parser)
     parser.add_argument("--methods", nargs="*", default=["sweep", "rivals", "policies"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--scale", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FOLDER)
     options = parser.parse_args()
-    loads = [SUITE[name].scaled(options.scale) for name in options.workloads]
+    workloads = wanted_workloads(options)
+    # The best three of a sweep may be known from the lines that are kept with the code.
+    known = load(options.results, workloads, label(options))
     jobs = [
-        (name, load, seed) for seed in options.seeds for load in loads
-        for name in chosen(options.methods, options.results, load)
-        if not path_of(options.results, load, name, seed).exists()
+        (name, workload, seed) for seed in options.seeds for workload in workloads
+        for name in wanted(options.methods, known.get(workload.name, {}))
+        if not path_of(options.results, workload, name, seed).exists()
     ]  # fmt: skip
     random.Random(0).shuffle(jobs)  # so that an interrupted night has a bit of everything
     work(functools.partial(job, folder=options.results), jobs, options.workers)

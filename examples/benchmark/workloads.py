@@ -1,4 +1,4 @@
-"""The suite: each workload is plain data (so that its hash names its results) and builds a LightningModule.
+"""A workload is plain data (so that its hash names its results) and builds a LightningModule.
 
 The same definition runs under a Lightning Trainer and in a bare loop: ``module.loss(batch)`` needs no Trainer.
 """
@@ -22,7 +22,7 @@ from models import NETWORKS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-OPTIMIZERS = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW, "RMSprop": torch.optim.RMSprop}
+OPTIMIZERS = {name: getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "NAdam", "RMSprop", "Adagrad")}
 REVISION = 1  # raise it when a change in code that no hash sees changes results
 
 
@@ -36,7 +36,22 @@ def brier(output: Tensor, target: Tensor) -> Tensor:
     return (output.softmax(-1) - F.one_hot(target, output.shape[-1])).square().sum(-1).mean()
 
 
-LOSSES = {"cross_entropy": cross_entropy, "mse": F.mse_loss, "brier": brier}
+def elbo(output: Tensor, target: Tensor) -> Tensor:
+    """Negative evidence lower bound in nats an image, of the pixels' logits and the code's means and log variances."""
+    pixels = target.shape[1]
+    mean, log_variance = output[:, pixels:].chunk(2, 1)
+    read = F.binary_cross_entropy_with_logits(output[:, :pixels], target, reduction="sum")
+    told = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum()
+    return (read + told) / len(target)
+
+
+LOSSES = {
+    "cross_entropy": cross_entropy,
+    "mse": F.mse_loss,
+    "brier": brier,
+    "smooth_l1": F.smooth_l1_loss,
+    "elbo": elbo,
+}
 
 
 class Task(L.LightningModule):
@@ -93,6 +108,12 @@ class Workload:
         twin = {k: dict(getattr(self, k), **v) if isinstance(v, Mapping) else v for k, v in self.gpu.items()}
         return dataclasses.replace(self, name=f"{self.name}-gpu", gpu={}, **twin)
 
+    def cut(self, steps: int | None) -> Workload:
+        """This workload, or its short twin of ``steps`` optimizer steps; None leaves it as it is."""
+        if steps is None:
+            return self
+        return dataclasses.replace(self, name=f"{self.name}-{steps}", steps=steps)
+
     def key(self) -> str:
         """Hash of everything that decides this workload's numbers."""
         parts = (inspect.unwrap(SOURCES[self.source]), NETWORKS[self.network], LOSSES[self.loss])
@@ -147,61 +168,3 @@ def pretrained(workload: Workload, seed: int) -> dict[str, Tensor]:
             optimizer.step()
         _PRETRAINED[found] = {k: v.clone() for k, v in task.network.state_dict().items()}
     return _PRETRAINED[found]
-
-
-_W = Workload
-SUITE: dict[str, Workload] = {
-    w.name: w
-    for w in (
-        # The quickstart's model, narrower.
-        _W("gpt_adamw", "stdlib_bytes", "GPT", "cross_entropy", "AdamW", 2000, 8, data={"context": 32},
-           shape={"width": 32, "context": 32},
-           gpu={"shape": {"width": 512, "layers": 8, "heads": 8}, "batch_size": 128, "steps": 4000}),
-        _W("gpt_sgd", "stdlib_bytes", "GPT", "cross_entropy", "SGD", 2000, 8, data={"context": 32},
-           shape={"width": 32, "context": 32}, options={"momentum": 0.9}, clip=1.0,
-           gpu={"shape": {"width": 384, "layers": 6}, "batch_size": 256, "steps": 6000}),
-        _W("gru_rmsprop", "stdlib_bytes", "Recurrent", "cross_entropy", "RMSprop", 1500, 8, data={"context": 32},
-           shape={"width": 48}, clip=1.0, gpu={"shape": {"width": 768, "layers": 2}, "batch_size": 256, "steps": 4000}),
-        _W("gru_adamw", "stdlib_bytes", "Recurrent", "cross_entropy", "AdamW", 1500, 8, data={"context": 32},
-           shape={"width": 64}, clip=1.0, gpu={"shape": {"width": 1024}, "batch_size": 256, "steps": 4000}),
-        _W("cnn_sgd", "mnist1d", "Conv", "cross_entropy", "SGD", 4000, 50,
-           options={"momentum": 0.9, "weight_decay": 1e-3}, gpu={"shape": {"width": 256}, "steps": 20000}),
-        _W("resnet_adamw", "mnist1d", "ResConv", "cross_entropy", "AdamW", 2500, 64, options={"weight_decay": 0.1},
-           shape={"width": 16, "blocks": 2}, gpu={"shape": {"width": 256, "blocks": 8}, "steps": 8000}),
-        _W("friedman_sgd", "friedman", "MLP", "mse", "SGD", 6000, 32, shape={"inputs": 10, "outputs": 1},
-           gpu={"shape": {"width": 2048}, "steps": 20000}),
-        _W("autoencoder", "digits", "AutoEncoder", "mse", "AdamW", 5000, 64, data={"reconstruct": True},
-           gpu={"shape": {"width": 2048}, "steps": 20000}),
-        _W("parity", "parity", "MLP", "cross_entropy", "SGD", 5000, 64,
-           shape={"inputs": 24, "outputs": 2, "width": 128, "depth": 1}, options={"momentum": 0.9},
-           gpu={"shape": {"width": 4096}, "steps": 20000}),
-        _W("parity_bn", "parity", "MLP", "cross_entropy", "SGD", 4000, 64,
-           shape={"inputs": 24, "outputs": 2, "width": 64, "depth": 2, "norm": True}, options={"momentum": 0.9},
-           gpu={"shape": {"width": 2048}, "steps": 20000}),
-        _W("finetune", "mnist1d", "ResConv", "cross_entropy", "AdamW", 1500, 32, data={"train": 1000, "mirror": True},
-           shape={"width": 16, "blocks": 2},
-           pretrain={"data": {"seed": 7}, "steps": 800, "lr": 0.01},
-           gpu={"shape": {"width": 256, "blocks": 8}, "steps": 8000}),
-        _W("overfit", "pixels", "MLP", "mse", "AdamW", 4000, 64,
-           shape={"inputs": 2, "outputs": 1, "width": 96, "depth": 3, "fourier": 4, "activation": "gelu"},
-           gpu={"shape": {"width": 2048}, "steps": 10000}),
-        _W("label_noise", "mnist1d", "MLP", "cross_entropy", "SGD", 4000, 64, data={"flip": 0.3},
-           shape={"inputs": 40, "outputs": 10, "width": 96, "depth": 2}, options={"momentum": 0.9},
-           gpu={"shape": {"width": 2048}, "steps": 20000}),
-        _W("saturating", "digits", "MLP", "brier", "SGD", 6000, 32, data={"flip": 0.1},
-           shape={"inputs": 64, "outputs": 10, "width": 48, "depth": 2, "activation": "sigmoid"},
-           options={"momentum": 0.9}, gpu={"shape": {"width": 1024}, "steps": 20000}),
-        _W("transformer_cls", "mnist1d", "PatchTransformer", "cross_entropy", "AdamW", 2000, 32,
-           shape={"width": 24}, gpu={"shape": {"width": 384, "layers": 6}, "steps": 8000}),
-        _W("deep_rmsprop", "friedman", "MLP", "mse", "RMSprop", 5000, 32, data={"train": 4000, "noise": 0.5},
-           shape={"inputs": 10, "outputs": 1, "width": 48, "depth": 5, "activation": "tanh"},
-           gpu={"shape": {"width": 1024}, "steps": 20000}),
-        # The next two came of workloads outside the suite on which the policy failed: no short trial lowers their loss.
-        _W("factors_adamw", "ratings", "Factors", "mse", "AdamW", 2500, 128,
-           gpu={"shape": {"width": 512}, "steps": 10000}),
-        _W("gpt_finetune", "stdlib_bytes", "GPT", "cross_entropy", "AdamW", 1500, 8,
-           data={"context": 32, "part": "[s-z]*"}, shape={"width": 32, "context": 32},
-           pretrain={"data": {"context": 32, "part": "[a-m]*"}, "steps": 1500, "lr": 3e-3},
-           gpu={"shape": {"width": 512, "layers": 8, "heads": 8}, "batch_size": 128, "steps": 4000}),
-    )
-}  # fmt: skip

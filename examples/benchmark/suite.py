@@ -1,0 +1,123 @@
+"""Which workloads there are: the suite, on which the policy is developed, and others on which nothing is chosen."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from workloads import Workload
+
+_W = Workload
+SUITE: dict[str, Workload] = {
+    w.name: w
+    for w in (
+        # The quickstart's model, narrower.
+        _W("gpt_adamw", "stdlib_bytes", "GPT", "cross_entropy", "AdamW", 2000, 8, data={"context": 32},
+           shape={"width": 32, "context": 32},
+           gpu={"shape": {"width": 512, "layers": 8, "heads": 8}, "batch_size": 128, "steps": 4000}),
+        _W("gpt_sgd", "stdlib_bytes", "GPT", "cross_entropy", "SGD", 2000, 8, data={"context": 32},
+           shape={"width": 32, "context": 32}, options={"momentum": 0.9}, clip=1.0,
+           gpu={"shape": {"width": 384, "layers": 6}, "batch_size": 256, "steps": 6000}),
+        _W("gru_rmsprop", "stdlib_bytes", "Recurrent", "cross_entropy", "RMSprop", 1500, 8, data={"context": 32},
+           shape={"width": 48}, clip=1.0, gpu={"shape": {"width": 768, "layers": 2}, "batch_size": 256, "steps": 4000}),
+        _W("gru_adamw", "stdlib_bytes", "Recurrent", "cross_entropy", "AdamW", 1500, 8, data={"context": 32},
+           shape={"width": 64}, clip=1.0, gpu={"shape": {"width": 1024}, "batch_size": 256, "steps": 4000}),
+        _W("cnn_sgd", "mnist1d", "Conv", "cross_entropy", "SGD", 4000, 50,
+           options={"momentum": 0.9, "weight_decay": 1e-3}, gpu={"shape": {"width": 256}, "steps": 20000}),
+        _W("resnet_adamw", "mnist1d", "ResConv", "cross_entropy", "AdamW", 2500, 64, options={"weight_decay": 0.1},
+           shape={"width": 16, "blocks": 2}, gpu={"shape": {"width": 256, "blocks": 8}, "steps": 8000}),
+        _W("friedman_sgd", "friedman", "MLP", "mse", "SGD", 6000, 32, shape={"inputs": 10, "outputs": 1},
+           gpu={"shape": {"width": 2048}, "steps": 20000}),
+        _W("autoencoder", "digits", "AutoEncoder", "mse", "AdamW", 5000, 64, data={"reconstruct": True},
+           gpu={"shape": {"width": 2048}, "steps": 20000}),
+        _W("parity", "parity", "MLP", "cross_entropy", "SGD", 5000, 64,
+           shape={"inputs": 24, "outputs": 2, "width": 128, "depth": 1}, options={"momentum": 0.9},
+           gpu={"shape": {"width": 4096}, "steps": 20000}),
+        _W("parity_bn", "parity", "MLP", "cross_entropy", "SGD", 4000, 64,
+           shape={"inputs": 24, "outputs": 2, "width": 64, "depth": 2, "norm": True}, options={"momentum": 0.9},
+           gpu={"shape": {"width": 2048}, "steps": 20000}),
+        _W("finetune", "mnist1d", "ResConv", "cross_entropy", "AdamW", 1500, 32, data={"train": 1000, "mirror": True},
+           shape={"width": 16, "blocks": 2},
+           pretrain={"data": {"seed": 7}, "steps": 800, "lr": 0.01},
+           gpu={"shape": {"width": 256, "blocks": 8}, "steps": 8000}),
+        _W("overfit", "pixels", "MLP", "mse", "AdamW", 4000, 64,
+           shape={"inputs": 2, "outputs": 1, "width": 96, "depth": 3, "fourier": 4, "activation": "gelu"},
+           gpu={"shape": {"width": 2048}, "steps": 10000}),
+        _W("label_noise", "mnist1d", "MLP", "cross_entropy", "SGD", 4000, 64, data={"flip": 0.3},
+           shape={"inputs": 40, "outputs": 10, "width": 96, "depth": 2}, options={"momentum": 0.9},
+           gpu={"shape": {"width": 2048}, "steps": 20000}),
+        _W("saturating", "digits", "MLP", "brier", "SGD", 6000, 32, data={"flip": 0.1},
+           shape={"inputs": 64, "outputs": 10, "width": 48, "depth": 2, "activation": "sigmoid"},
+           options={"momentum": 0.9}, gpu={"shape": {"width": 1024}, "steps": 20000}),
+        _W("transformer_cls", "mnist1d", "PatchTransformer", "cross_entropy", "AdamW", 2000, 32,
+           shape={"width": 24}, gpu={"shape": {"width": 384, "layers": 6}, "steps": 8000}),
+        _W("deep_rmsprop", "friedman", "MLP", "mse", "RMSprop", 5000, 32, data={"train": 4000, "noise": 0.5},
+           shape={"inputs": 10, "outputs": 1, "width": 48, "depth": 5, "activation": "tanh"},
+           gpu={"shape": {"width": 1024}, "steps": 20000}),
+        # The next two came of workloads outside the suite on which the policy failed: no short trial lowers their loss.
+        _W("factors_adamw", "ratings", "Factors", "mse", "AdamW", 2500, 128,
+           gpu={"shape": {"width": 512}, "steps": 10000}),
+        _W("gpt_finetune", "stdlib_bytes", "GPT", "cross_entropy", "AdamW", 1500, 8,
+           data={"context": 32, "part": "[s-z]*"}, shape={"width": 32, "context": 32},
+           pretrain={"data": {"context": 32, "part": "[a-m]*"}, "steps": 1500, "lr": 3e-3},
+           gpu={"shape": {"width": 512, "layers": 8, "heads": 8}, "batch_size": 128, "steps": 4000}),
+    )
+}  # fmt: skip
+#: They say how the policy fares where it was not developed. Once a constant of the policy is moved because of a figure
+#: on them they are part of the suite, and new ones are due.
+HELD_OUT: dict[str, Workload] = {
+    w.name: w
+    for w in (
+        _W("logistic_sgd", "cancer", "MLP", "cross_entropy", "SGD", 2000, 32,
+           shape={"inputs": 30, "outputs": 2, "depth": 0}, options={"weight_decay": 1e-3}),
+        _W("lstm_adam", "stdlib_bytes", "LSTM", "cross_entropy", "Adam", 1500, 8, data={"context": 32}, clip=1.0),
+        _W("causal_conv_sgd", "stdlib_bytes", "CausalConv", "cross_entropy", "SGD", 1500, 8, data={"context": 32},
+           options={"momentum": 0.9, "nesterov": True}),
+        _W("mixer_adamw", "digits", "Mixer", "cross_entropy", "AdamW", 2000, 64, data={"flip": 0.05},
+           options={"weight_decay": 0.05}),
+        _W("plain_cnn_adam", "digits", "PlainConv2d", "cross_entropy", "Adam", 1500, 32, data={"flip": 0.05}),
+        _W("denoiser_nesterov", "noisy_digits", "Denoiser", "mse", "SGD", 1500, 32,
+           options={"momentum": 0.9, "nesterov": True}),
+        _W("vae_adam", "digits", "VAE", "elbo", "Adam", 4000, 64, data={"reconstruct": True}),
+        _W("heavy_tails_rmsprop", "heavy_tails", "MLP", "smooth_l1", "RMSprop", 4000, 32,
+           shape={"inputs": 10, "outputs": 1, "width": 48}, options={"momentum": 0.9}),
+        _W("group_norm_nadam", "mnist1d", "GroupNormConv", "cross_entropy", "NAdam", 2000, 64),
+        _W("sorting_adamw", "sorting", "Rearranger", "cross_entropy", "AdamW", 1500, 32),
+        _W("deep_sgd", "digits", "MLP", "cross_entropy", "SGD", 4000, 32, data={"flip": 0.05},
+           shape={"inputs": 64, "outputs": 10, "width": 48, "depth": 6, "activation": "tanh"},
+           options={"momentum": 0.9, "weight_decay": 1e-3}),
+        _W("bag_adagrad", "authors", "Bag", "cross_entropy", "Adagrad", 3000, 32),
+        _W("adding_adam", "adding", "Counter", "mse", "Adam", 1500, 32, clip=1.0),
+        _W("diabetes_adamw", "diabetes", "Dropped", "mse", "AdamW", 2000, 32, shape={"inputs": 10, "outputs": 1}),
+    )
+}  # fmt: skip
+
+SETS = {"suite": SUITE, "held-out": HELD_OUT}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which workloads, and how large and long they are."""
+    parser.add_argument("--set", choices=list(SETS), default="suite", help="on held-out workloads nothing is chosen")
+    parser.add_argument("--workloads", nargs="*", help="of the set (all)")
+    parser.add_argument("--scale", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every workload, in place of its own")
+
+
+def wanted_workloads(options: argparse.Namespace) -> list[Workload]:
+    """What :func:`add_options` says.
+
+    Raises:
+        SystemExit: A workload that the set has not.
+    """
+    known = SETS[options.set]
+    names: Sequence[str] = options.workloads or list(known)
+    if strange := [name for name in names if name not in known]:
+        raise SystemExit(f"no workload {', '.join(strange)} in the {options.set} set; it has {', '.join(known)}")
+    return [known[name].scaled(options.scale).cut(options.steps) for name in names]
+
+
+def label(options: argparse.Namespace) -> str:
+    """Ends the names of files about these workloads: ``cpu``, ``held-out-cpu``, ``600-cpu``."""
+    kind = [] if options.set == "suite" else [options.set]
+    length = [] if options.steps is None else [str(options.steps)]
+    return "-".join([*kind, *length, options.scale])
