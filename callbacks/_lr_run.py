@@ -131,9 +131,9 @@ class LRRun:
     def _judge_end(self) -> None:
         if self.state.index and self.left >= self.trials.probe_cost:
             self.watch.read()
-            probe = self._check()
+            probe = self._check(last=True)
             self._judge(self.state, probe, ())
-            if self.plan.machine.lost(self.state, last=True) or not math.isfinite(probe.loss):
+            if self.plan.machine.lost(self.state) or not math.isfinite(probe.loss):
                 before = self.state
                 self.state, verdict = self.plan.machine.failed(self.state)
                 if verdict == "roll_back":
@@ -171,12 +171,20 @@ class LRRun:
         allowed = self._searches.policy.probe_steps(self.plan.searchable)
         self.trials.prepare_probe(self.settings, steps=allowed, saved=self.saved.probe)
 
-    def _check(self) -> Probe:
-        """A probe of the present weights, counted by the machine."""
+    def _check(self, *, last: bool = False) -> Probe:
+        """A probe of the present weights, counted by the machine; the best weights so far are kept."""
         probe = self.trials.probe()
         self.costs.pay(self.trials.probe_cost)
-        self.state = self.plan.machine.checked(self.state, probe, self.watch.recent())
+        best, level = self.state.best_probe, 0.0 if last else self._level()
+        self.state = self.plan.machine.checked(self.state, probe, self.watch.recent(), self.step, level)
+        if self.state.best_probe is not best:
+            self.best.capture()
         return probe
+
+    def _level(self) -> float:
+        """The share of its peak to which the rate has come down; a low rate in the first half is a warm-up's."""
+        progress = self.plan.progress
+        return self.driver.level(self.plan.shape(progress)) if progress > 0.5 else 1.0
 
     def _search(self, progress: float) -> None:
         outcome = self._run_search(progress, self.state.request or "the first update is due")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autotune.callbacks._trainer.data import Batches, examples_in, second_loader, single_loader
+from autotune.callbacks._trainer.data import Batches, examples_in, examples_of, second_loader, single_loader
 from autotune.callbacks._trainer.facts import validation_loader
 from autotune.callbacks._trainer.horizon import batch_examples
 from autotune.callbacks._trainer.ranks import Agreement
@@ -19,6 +19,8 @@ from autotune.errors import MonitorError
 from autotune.stage.budget import EVALUATION_STEPS
 from autotune.stage.machine import Probe
 
+#: A probe of this share of what is validated on is one of the whole: a loader's incomplete last batch is left out.
+_NEARLY_ALL = 0.9
 #: What a validation loss is usually called, most usual first.
 _USUAL = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "loss/val")
 
@@ -87,6 +89,8 @@ class ProbeSet:
         self._validation = None if plan.training else validation_loader(trainer)
         self._sign = -1.0 if mode == "max" and not plan.training else 1.0
         self._parts = self._draw(plan.steps)
+        #: Whether one evaluation is of all that the trainer validates on.
+        self._whole = self._validation is not None and not self._ranks.any(not all(part.whole for part in self._parts))
         #: What one evaluation costs, in optimizer steps.
         self.cost = self._cost()
 
@@ -120,11 +124,11 @@ class ProbeSet:
             combined = self._trainer.fit_loop._combined_loader
             micro = self._plan.batch // int(self._trainer.world_size)
             opened = [_batches(second_loader(combined, self._seed + 7919, combined.limits, micro))]
-            limits = [self._plan.limit]
+            loaders, limits = [None], [self._plan.limit]
         allowed = 3.0 * steps * self._plan.update / len(opened)
-        return [self._take(source, allowed, limit) for source, limit in zip(opened, limits, strict=True)]
+        return [self._take(*one, allowed) for one in zip(opened, loaders, limits, strict=True)]
 
-    def _take(self, source: Iterator[Any], examples: float, limit: float) -> Batches:
+    def _take(self, source: Iterator[Any], loader: Any, limit: float, examples: float) -> Batches:
         taken: list[Any] = []
         count = 0
         for batch in islice(source, None if math.isinf(limit) else int(limit)):
@@ -135,7 +139,7 @@ class ProbeSet:
             count += size
             if len(taken) >= 32:
                 break
-        return Batches(taken, count)
+        return Batches(taken, count, whole=count >= _NEARLY_ALL * examples_of(loader, limit))
 
     def __call__(self, loop: SideLoop) -> Probe:
         """Evaluates the present weights. Call under a snapshot: buffers and metrics move.
@@ -160,7 +164,7 @@ class ProbeSet:
         if len(set(self._ranks.gather(len(batches)))) > 1:
             batches = []
         value, *batches = self._ranks.mean([value, *batches])
-        return Probe(value, tuple(batches))
+        return Probe(value, tuple(batches), self._whole)
 
     def _resolve(self, logged: list[str]) -> None:
         monitor, why = self._asked(logged) if self._wanted is not None else self._found(logged)
@@ -194,6 +198,7 @@ class ProbeSet:
     def _switch_to_training(self) -> None:
         self._plan = replace(self._plan, steps=self.cost, training=True)
         self._validation = None
+        self._whole = False
         self._sign = 1.0
         self._parts = self._draw(self._plan.steps)
         self.cost = self._cost()

@@ -58,7 +58,7 @@ class RatePlayer:
         for decision in events:
             if decision.kind == "rollback" and decision.action == "roll_back" and self._begun:
                 self._best.restore()
-            elif decision.kind == "stage" and decision.action == "begin" and step in self._schedule.returns:
+            elif decision.kind in ("stage", "forecast") and step in self._schedule.returns:
                 self._best.capture()
                 self._begun = True
         return events

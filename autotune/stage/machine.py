@@ -32,10 +32,12 @@ class Probe:
     Attributes:
         loss: The monitored value, lower is better.
         batches: The value on every single batch where it is a mean over batches, else empty.
+        whole: Whether these are all the batches that the run is validated on.
     """
 
     loss: float
     batches: tuple[float, ...] = ()
+    whole: bool = False
 
 
 def compare(now: Probe, before: Probe) -> tuple[float, float]:
@@ -68,11 +70,12 @@ class StageState:
         start_step: Real updates at its start.
         start_probe: The probe there.
         initial_loss: Probe loss before the first update.
-        best_probe: The best probe of a stage's start; where a rollback goes.
+        best_probe: The best probe so far; where a rollback goes.
         best_step: Real updates there.
         best_train: Mean training loss before it.
         first_train: Mean training loss of the first updates.
         bad: Checks in a row that were bad.
+        late: Whether the last check was made when the rate had come down.
         prediction: Value, low, high for the stage's end.
         forecast_due: Progress at which the end is to be predicted.
         strikes: Rollbacks in a row.
@@ -93,6 +96,7 @@ class StageState:
     best_train: float = math.nan
     first_train: float = math.nan
     bad: int = 0
+    late: bool = False
     prediction: tuple[float, float, float] | None = None
     forecast_due: float = math.inf
     strikes: int = 0
@@ -112,7 +116,7 @@ class StageState:
 
 
 def _probe(saved: dict[str, Any] | None) -> Probe | None:
-    return None if saved is None else Probe(saved["loss"], tuple(saved["batches"]))
+    return None if saved is None else Probe(saved["loss"], tuple(saved["batches"]), saved["whole"])
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,12 @@ class StageMachine:
         fitted: ... while the training loss has fallen by this share of what it has fallen by in all. The second
             condition tells overfitting, which does not heal, from the spikes of a high rate, which the decay heals.
         bad_checks: Bad checks in a row that undo a stage.
+        settled: Where the rate has come down to this share of its peak a check is late. There is little noise left
+            that the decay could still take out, so a loss that is worse than the best is bad whatever the training loss
+            does, ...
+        worse_late: ... by this share of what the run has gained (and by the same two errors, unless the probe is of all
+            validation batches: then its loss is what the run will be judged by), and it is undone at once: the rest of
+            the decay is of more use to the best weights.
         behind: The rate is lowered when a stage, which is longer than the trials were, ends worse than the trial at
             its rate had ended, by this share of that trial's progress: a rate too high for a long run shows so ...
         owed_until: ... in a stage before this one ...
@@ -153,6 +163,8 @@ class StageMachine:
     worse: float = 0.05
     fitted: float = 0.05
     bad_checks: int = 2
+    settled: float = 0.5
+    worse_late: float = 0.025
     behind: float = 0.1
     owed_until: int = 3
     telling: float = 0.05
@@ -191,21 +203,30 @@ class StageMachine:
             return state
         if math.isnan(state.initial_loss):
             state = replace(state, initial_loss=probe.loss)
-        if state.best_probe is None or probe.loss < state.best_probe.loss:
-            state = replace(state, best_probe=probe, best_step=step, best_train=train)
-        return state
+        return _with_best(state, probe, train, step)
 
     def predicted(self, state: StageState, forecast: tuple[float, float, float] | None) -> StageState:
         """The stage's end has been predicted (value, low, high), or the forecaster refused (None)."""
         return replace(state, prediction=forecast, forecast_due=math.inf)
 
-    def checked(self, state: StageState, probe: Probe, train: float) -> StageState:
-        """A probe has been made within or at the end of a stage; ``train`` is the recent mean training loss."""
-        return replace(state, bad=state.bad + 1 if self._is_bad(state, probe, train) else 0)
+    def checked(self, state: StageState, probe: Probe, train: float, step: int, level: float = 1.0) -> StageState:
+        """A probe has been made within or at the end of a stage.
 
-    def lost(self, state: StageState, *, last: bool = False) -> bool:
-        """Whether the checks so far call for going back; at the run's ``last`` check one bad one is enough."""
-        return self.guard and state.bad >= (1 if last else self.bad_checks)
+        Args:
+            state: Before it.
+            probe: Of the present weights.
+            train: The recent mean training loss.
+            step: Real updates done.
+            level: Share of its peak to which the rate has come down; 0 at the run's end, whatever the rate is.
+        """
+        late = level <= self.settled
+        bad = self._is_bad(state, probe, train, late)
+        state = replace(state, bad=state.bad + 1 if bad else 0, late=late)
+        return state if state.best_probe is None else _with_best(state, probe, train, step)
+
+    def lost(self, state: StageState) -> bool:
+        """Whether the checks so far call for going back."""
+        return self.guard and state.bad >= (1 if state.late else self.bad_checks)
 
     def ended(self, state: StageState, probe: Probe) -> tuple[StageState, Verdict, tuple[str, ...]]:
         """A stage's clock has run out, or it was broken off: what now, and on what evidence. Call ``checked`` first."""
@@ -245,15 +266,18 @@ class StageMachine:
         length = self.first * self.growth**index
         return length if self.known_end else min(length, self.longest)
 
-    def _is_bad(self, state: StageState, probe: Probe, train: float) -> bool:
+    def _is_bad(self, state: StageState, probe: Probe, train: float, late: bool) -> bool:
         if not math.isfinite(probe.loss):
             return True
         if state.best_probe is None:
             return False
         difference, error = compare(probe, state.best_probe)
-        margin = self.worse * max(state.initial_loss - state.best_probe.loss, 0.0)
-        if difference <= max(margin, 2.0 * error if math.isfinite(error) else 0.0, 1e-12):
+        margin = (self.worse_late if late else self.worse) * max(state.initial_loss - state.best_probe.loss, 0.0)
+        noise = 2.0 * error if math.isfinite(error) and not (late and probe.whole) else 0.0
+        if difference <= max(margin, noise, 1e-12):
             return False
+        if late:
+            return True
         fallen, in_all = state.best_train - train, state.first_train - train
         return fallen > self.fitted * in_all > 0.0
 
@@ -269,7 +293,9 @@ class StageMachine:
         found: list[str] = []
         if not math.isfinite(probe.loss):
             return ("divergence: the loss is not finite",)
-        if state.bad:
+        if state.bad and state.late and state.best_probe is not None:
+            found.append(f"worse: {state.best_probe.loss:.4g} was reached at step {state.best_step}, at a higher rate")
+        elif state.bad:
             found.append(f"overfitting: {state.bad} checks in a row were worse than the best while training got better")
         if state.prediction is not None and probe.loss > state.prediction[2]:
             found.append(f"forecast broken: {probe.loss:.4g} came where at most {state.prediction[2]:.4g} was expected")
@@ -278,3 +304,9 @@ class StageMachine:
             if -difference <= (2.0 * error if math.isfinite(error) else 0.0):
                 found.append(f"plateau: the stage changed the loss by {difference:+.3g} with a noise of {error:.2g}")
         return tuple(found)
+
+
+def _with_best(state: StageState, probe: Probe, train: float, step: int) -> StageState:
+    if state.best_probe is not None and not probe.loss < state.best_probe.loss:
+        return state
+    return replace(state, best_probe=probe, best_step=step, best_train=train)

@@ -9,6 +9,7 @@ bounded cache and handed out as copies (a ``training_step`` may write into its b
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,6 +62,13 @@ def examples_in(batch: Any) -> int:
     """Examples in a batch: the leading dimension of its first tensor (1 where it holds none)."""
     sizes = (leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim)
     return int(next(sizes, 1))
+
+
+def examples_of(loader: Any, limit: float) -> float:
+    """Examples in so many batches of a loader, on this rank; infinite where that cannot be told."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return math.inf
+    return min(float(len(loader.sampler)), limit * loader.batch_size)  # type: ignore[arg-type]
 
 
 def _second(loader: Any, seed: int, limit: float, largest_batch: int | None) -> Any:
@@ -254,12 +262,14 @@ class Batches:
 
     Args:
         batches: The batches.
-        examples: How many examples they hold, on all ranks.
+        examples: How many examples they hold.
+        whole: Whether these are nearly all there are.
     """
 
-    def __init__(self, batches: list[Any], examples: int) -> None:
+    def __init__(self, batches: list[Any], examples: int, *, whole: bool = False) -> None:
         self._batches = batches
         self.examples = examples
+        self.whole = whole
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -13,9 +13,10 @@ from autotune.stage.machine import Probe, StageMachine, StageState
 MOVES = 4
 
 any_float = st.floats() | st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324])
-probes = st.builds(Probe, any_float, st.lists(any_float, max_size=4).map(tuple))
+probes = st.builds(Probe, any_float, st.lists(any_float, max_size=4).map(tuple), st.booleans())
 positive = st.floats(1e-12, 1e3)
 progresses = st.floats(0.0, 1.2) | st.floats(0.0, 1e6)
+levels = st.floats(0.0, 1.0)
 forecasts = st.none() | st.tuples(any_float, any_float, any_float)
 machines = st.builds(
     StageMachine,
@@ -34,7 +35,7 @@ events = st.one_of(
     st.tuples(st.just("searched"), positive, any_float),
     st.tuples(st.just("begun"), progresses, st.integers(0, 10**9), st.none() | probes, any_float),
     st.tuples(st.just("predicted"), forecasts),
-    st.tuples(st.just("checked"), probes, any_float),
+    st.tuples(st.just("checked"), probes, any_float, st.integers(0, 10**9), levels),
     st.tuples(st.just("ended"), probes),
     st.tuples(st.just("failed")),
     st.tuples(st.just("asked"), st.text(max_size=5)),
@@ -46,7 +47,6 @@ def happens(machine, state, event):
     name, *told = event
     answer = getattr(machine, name)(state, *told)
     machine.lost(state)
-    machine.lost(state, last=True)
     return answer[0] if isinstance(answer, tuple) else answer
 
 
@@ -63,7 +63,7 @@ def to_training(machine, state, progress, draw):
             state = machine.predicted(state, draw(forecasts))
         else:
             probe = draw(probes)
-            state, verdict, _ = machine.ended(machine.checked(state, probe, draw(any_float)), probe)
+            state, verdict, _ = machine.ended(machine.checked(state, probe, draw(any_float), 1, draw(levels)), probe)
             if verdict == "search":
                 state = machine.searched(state, draw(positive))
             state = machine.begun(state, progress, 0, probe, draw(any_float))

@@ -84,7 +84,7 @@ class TestClock:
 class TestVerdicts:
     def ended(self, machine, state, loss, train=1.0, spread=0.0):
         end = probe(loss, spread)
-        return machine.ended(machine.checked(state, end, train), end)
+        return machine.ended(machine.checked(state, end, train, 9), end)
 
     def test_progress_goes_on(self):
         _, verdict, evidence = self.ended(StageMachine(), started(StageMachine()), 0.5)
@@ -134,23 +134,58 @@ class TestVerdicts:
         machine = StageMachine(guard=False)
         assert self.ended(machine, started(machine), math.nan)[1] == "train"
 
+    def fell_behind(self, machine):
+        return replace(started(machine, loss=1.0), best_probe=probe(0.5), best_step=4, best_train=1.5)
+
     def test_one_bad_check_is_not_enough_two_are(self):
         machine = StageMachine()
-        state = replace(started(machine, loss=1.0), best_probe=probe(0.5), best_train=1.5)
-        once = machine.checked(state, probe(0.8), 1.0)
-        assert (once.bad, machine.lost(once), machine.lost(once, last=True)) == (1, False, True)
-        assert machine.lost(machine.checked(once, probe(0.8), 1.0))
-        assert machine.checked(once, probe(0.4), 1.0).bad == 0
+        once = machine.checked(self.fell_behind(machine), probe(0.8), 1.0, 9)
+        assert (once.bad, machine.lost(once)) == (1, False)
+        assert machine.lost(machine.checked(once, probe(0.8), 1.0, 9))
+        assert machine.checked(once, probe(0.4), 1.0, 9).bad == 0
 
     def test_a_spike_without_better_training_loss_is_no_overfitting(self):
         machine = StageMachine()
-        state = replace(started(machine, loss=1.0), best_probe=probe(0.5), best_train=1.5)
-        assert machine.checked(state, probe(0.8), 1.6).bad == 0
+        assert machine.checked(self.fell_behind(machine), probe(0.8), 1.6, 9).bad == 0
+
+    @pytest.mark.parametrize(
+        ("level", "loss", "lost"), [(0.51, 0.8, False), (0.5, 0.8, True), (0.0, 0.514, True), (0.0, 0.511, False)]
+    )
+    def test_once_the_rate_has_come_down_one_check_is_enough_whatever_the_training_loss_does(self, level, loss, lost):
+        machine = StageMachine()
+        state = machine.checked(self.fell_behind(machine), probe(loss), 1.6, 9, level)
+        assert machine.lost(state) == lost
+        after, verdict, evidence = machine.ended(state, probe(loss))
+        assert (verdict == "roll_back") == lost
+        if lost:
+            assert after.lr == pytest.approx(0.1 * machine.lowering)
+            assert evidence[0] == "worse: 0.5 was reached at step 4, at a higher rate"
+
+    @pytest.mark.parametrize(("whole", "level", "lost"), [(False, 0.1, False), (True, 0.1, True), (True, 1.0, False)])
+    def test_a_late_check_forgives_noise_but_of_a_probe_of_everything(self, whole, level, lost):
+        machine = StageMachine()
+        state = replace(self.fell_behind(machine), best_probe=Probe(0.5, (0.0, 1.0), whole))
+        state = machine.checked(state, Probe(0.8, (1.4, 0.2), whole), 1.0, 9, level)
+        assert machine.lost(state) == lost
+        assert state.bad == lost
+
+    def test_every_check_may_be_the_best(self):
+        machine = StageMachine()
+        state = machine.checked(self.fell_behind(machine), probe(0.4), 1.2, 9)
+        assert (state.best_probe.loss, state.best_step, state.best_train) == (0.4, 9, 1.2)
+        again = machine.checked(state, probe(0.4), 1.1, 12)
+        assert (again.best_step, again.best_train) == (9, 1.2)
+        assert machine.checked(state, probe(math.nan), 1.1, 12).best_step == 9
+
+    def test_a_run_that_began_without_a_probe_has_no_best_before_a_stage_has_ended(self):
+        machine = StageMachine()
+        state = machine.begun(machine.searched(StageState(), 0.1), 0.0, 0, None, math.nan)
+        assert machine.checked(state, probe(0.4), 1.2, 9).best_probe is None
 
     def test_within_the_noise_is_not_bad(self):
         machine = StageMachine()
-        state = replace(started(machine, loss=1.0), best_probe=Probe(0.5, (0.0, 1.0)), best_train=1.5)
-        assert machine.checked(state, Probe(0.8, (1.4, 0.2)), 1.0).bad == 0
+        state = replace(self.fell_behind(machine), best_probe=Probe(0.5, (0.0, 1.0)))
+        assert machine.checked(state, Probe(0.8, (1.4, 0.2)), 1.0, 9).bad == 0
 
 
 @given(
@@ -158,7 +193,7 @@ class TestVerdicts:
         StageState,
         lr=st.none() | st.floats(0, 1),
         index=st.integers(0, 9),
-        start_probe=st.none() | st.builds(Probe, st.floats(0, 9), st.lists(st.floats(0, 9)).map(tuple)),
+        start_probe=st.none() | st.builds(Probe, st.floats(0, 9), st.lists(st.floats(0, 9)).map(tuple), st.booleans()),
         best_probe=st.none() | st.builds(Probe, st.floats(0, 9)),
         prediction=st.none() | st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
         request=st.text(),

@@ -1,0 +1,141 @@
+"""Runs whose validation loss gets worse for good: where they go back to, when, and what is left of it in a replay."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from autotune.callbacks import AutoLRS, ReplaySchedule
+from tests.callbacks.harness import trainer
+
+EXAMPLES, UPDATES = 64, 600
+
+
+class Regression(L.LightningModule):
+    """Far more weights than there are examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def loss(self, batch):
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), batch_size=len(batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+class Past(Callback):
+    """The weights after each update."""
+
+    def __init__(self):
+        self.after = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.after[trainer.global_step] = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+
+def overfit(folder, controller, seed=1, noise=1.0, val_batch=32):
+    L.seed_everything(seed, verbose=False)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * EXAMPLES, 6, generator=generator)
+    y = x[:, :1] + noise * torch.randn(len(x), 1, generator=generator)
+    train, val = TensorDataset(x[:EXAMPLES], y[:EXAMPLES]), TensorDataset(x[EXAMPLES:], y[EXAMPLES:])
+    module, past = Regression(), Past()
+    trainer(folder, controller, past, max_steps=UPDATES, logger=CSVLogger(folder, name="", version="")).fit(
+        module, DataLoader(train, 8, shuffle=True), DataLoader(val, val_batch)
+    )
+    return [parameter.detach().clone() for parameter in module.parameters()], past
+
+
+def checks(callback):
+    """Step and loss of every probe of the run's own weights."""
+    made = [d for d in callback.decisions if d.kind in ("stage", "forecast") and "loss" in d.numbers]
+    return [(d.step, d.numbers["loss"]) for d in made]
+
+
+def returns(callback):
+    return [d for d in callback.decisions if d.action == "roll_back"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_ends_at_the_best_weights_it_was_checked_at_or_better(tmp_path, seed):
+    callback = AutoLRS()
+    end, past = overfit(tmp_path, callback, seed)
+    began, best = checks(callback)[0][1], min(loss for _, loss in checks(callback))
+    step, last = checks(callback)[-1]
+    assert step == UPDATES
+    back = [d for d in returns(callback) if d.step == UPDATES]
+    if not back:
+        assert last <= best + 0.025 * (began - best) + 1e-6, "worse than it was, and nothing was undone"
+        return
+    (move,) = back
+    assert dict(checks(callback))[move.numbers["to_step"]] == best
+    assert all(map(torch.equal, end, past.after[move.numbers["to_step"]]))
+
+
+def test_with_the_rate_coming_down_one_bad_check_is_enough(tmp_path):
+    callback = AutoLRS()
+    overfit(tmp_path, callback, seed=0)
+    late = [d for d in returns(callback) if UPDATES / 2 < d.step < UPDATES]
+    assert late
+    for move in late:
+        before = [check for check in checks(callback) if check[0] < move.step]
+        assert before[-1][1] == min(loss for _, loss in before), "the check before was not bad"
+        assert move.numbers["lr"] == pytest.approx(move.numbers["previous_lr"] * 10**-0.5)
+        assert any(item.startswith("worse: ") for d in callback.decisions for item in d.numbers.get("evidence", []))
+
+
+def test_a_return_to_the_middle_of_a_stage_is_replayed(tmp_path):
+    callback = AutoLRS()
+    end, _ = overfit(tmp_path / "a", callback)
+    begins = {d.step for d in callback.decisions if d.kind == "stage"}
+    assert any(move.numbers["to_step"] not in begins for move in returns(callback))
+    again, _ = overfit(tmp_path / "b", ReplaySchedule(tmp_path / "a"))
+    assert all(map(torch.equal, end, again))
+
+
+class Probed(Callback):
+    """What a checkpoint would hold of the best probe."""
+
+    def __init__(self, controller):
+        self.controller, self.best = controller, None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.best = self.controller.state_dict()["run"]["stage"]["best_probe"]
+
+
+@pytest.mark.parametrize(
+    ("examples", "val_batch", "options", "batches"),
+    [
+        (25, 8, {}, 3),
+        (20, 8, {}, None),
+        (640, 8, {"limit_val_batches": 2}, 2),
+        (64, 16, {"limit_val_batches": 2}, None),
+        (640, 8, {}, None),
+        (64, 32, {}, None),
+        (25, 8, {"limit_val_batches": 0}, None),
+    ],
+)
+def test_a_probe_knows_whether_it_is_of_all_there_is(tmp_path, examples, val_batch, options, batches):
+    controller = AutoLRS(search_budget=0.5)
+    probed = Probed(controller)
+    x = torch.randn(examples, 6, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, x[:, :1])
+    trainer(tmp_path, controller, probed, max_steps=300, limit_train_batches=8, **options).fit(
+        Regression(),
+        DataLoader(TensorDataset(x.repeat(4, 1), x[:, :1].repeat(4, 1)), 8, shuffle=True),
+        DataLoader(data, val_batch),
+    )
+    assert probed.best["whole"] == (batches is not None)
+    if batches is not None:
+        assert len(probed.best["batches"]) == batches

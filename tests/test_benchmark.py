@@ -1,0 +1,164 @@
+"""The benchmark's committed lines: of the workloads as they are now, and what the README's table says."""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCHMARK = ROOT / "examples" / "benchmark"
+MODULES = ("data", "models", "workloads", "suite", "results", "rivals", "report", "run")
+REPORTING = [30, 31, 32, 33, 34, 40, 41]
+TABLE = (ROOT / "README.md").read_text(encoding="utf-8").split("**The benchmark's eighteen workloads**")[1]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The benchmark's scripts as modules, and none of their plain names left behind."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("rich")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARK))
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        import report
+        import results
+        import run
+        import suite
+
+        yield {"report": report, "results": results, "run": run, "suite": suite}
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def committed(benchmark):
+    return benchmark["results"].load(BENCHMARK / "results", list(benchmark["suite"].SUITE.values()), "cpu")
+
+
+def cells(first):
+    """The cells of the table's row that begins so, without emphasis."""
+    row = next(line for line in TABLE.splitlines() if line.replace("*", "").startswith(f"| {first} |"))
+    return [cell.strip(" *`") for cell in row.strip("| ").split("|")]
+
+
+@pytest.mark.parametrize(("file", "group"), [("runs-cpu.csv", "suite"), ("runs-held-out-cpu.csv", "held-out")])
+def test_committed_lines_are_of_the_present_workloads(benchmark, file, group):
+    keys = {name: workload.key() for name, workload in benchmark["suite"].SETS[group].items()}
+    with (BENCHMARK / "results" / file).open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["workload"] for row in rows} == set(keys)
+    assert {(row["workload"], row["key"]) for row in rows if row["key"]} == set(keys.items())
+
+
+def test_the_readme_says_what_the_committed_lines_say(benchmark, committed):
+    report = benchmark["report"]
+    ratios = []
+    for workload, runs in committed.items():
+        name, best = report.best_of_sweep(runs, REPORTING)
+        ratios.append(report.ratio(report.means(runs, REPORTING)["autolrs"], best))
+        _, said, ours, *_ = cells(workload)
+        assert said == f"{best:.4g} ({name.split('/')[1]})"
+        assert ours == f"{ratios[-1]:.3f}"
+    assert cells("geometric mean")[2] == f"{report.geometric(ratios):.3f}"
+    assert cells("worst")[2] == f"{max(ratios):.3f}"
+
+
+def test_the_readme_counts_the_pairs_of_the_committed_lines(benchmark, committed):
+    rivals = ["prodigy", "dadapt", "schedule_free", "one_cycle", "plateau", "greedy", "constant", "forecast"]
+    said = re.findall(r"\d+ of 36", re.search(r"\| `AutoLRS` is better on seeds 30, 31 .*", TABLE)[0])
+    assert said == [benchmark["report"]._beaten(committed, rival, [30, 31]) for rival in rivals]
+
+
+def result(workload, method, seed, loss, **more):
+    numbers = {"budget": workload.steps, "updates": 90, "cost": 99.5, "trial_steps": 8, "seconds": 1.5}
+    named = {"workload": workload.name, "key": workload.key(), "method": method, "seed": seed, "loss": loss}
+    return named | numbers | {"origin": {"commit": "a", "machine": "m, 2 cores", "versions": "v"}} | more
+
+
+def test_lines_hold_what_files_do_but_curves(benchmark, tmp_path):
+    results, workload = benchmark["results"], benchmark["suite"].SUITE["parity"]
+    one = result(workload, "autolrs", 3, 0.25, curve=[[1, 2.0]])
+    two = result(workload, "sweep/linear/1", 3, None, error="it broke")
+    for each in (one, two):
+        results.keep(results.path_of(tmp_path, workload, each["method"], 3), each)
+    found = results.load(tmp_path, [workload], "cpu")
+    assert found == {"parity": {"autolrs": {3: one}, "sweep/linear/1": {3: two}}}
+    results.write_lines(found, tmp_path / "runs-cpu.csv")
+    for file in tmp_path.glob("*/*.json"):
+        file.unlink()
+    del one["curve"]
+    again = results.load(tmp_path, [workload], "cpu")["parity"]
+    assert again["autolrs"][3] == one
+    assert {key: value for key, value in again["sweep/linear/1"][3].items() if value is not None} == {
+        key: value for key, value in two.items() if value is not None
+    }
+
+
+def test_a_file_counts_before_a_line_and_another_definition_not_at_all(benchmark, tmp_path):
+    results, workload = benchmark["results"], benchmark["suite"].SUITE["parity"]
+    results.write_lines(
+        {"parity": {"autolrs": {1: result(workload, "autolrs", 1, 1.0), 2: result(workload, "autolrs", 2, 2.0)},
+                    "greedy": {1: result(workload, "greedy", 1, 1.0, key="of-long-ago")}}},
+        tmp_path / "runs-cpu.csv",
+    )  # fmt: skip
+    results.keep(results.path_of(tmp_path, workload, "autolrs", 2), result(workload, "autolrs", 2, 0.5))
+    found = results.load(tmp_path, [workload], "cpu")["parity"]
+    assert {seed: run["loss"] for seed, run in found["autolrs"].items()} == {1: 1.0, 2: 0.5}
+    assert "greedy" not in found
+
+
+def test_names_of_methods(benchmark):
+    run = benchmark["run"]
+    assert run.wanted(["hold", "autolrs"], {}) == [*(f"sweep/hold/{i}" for i in range(7)), "autolrs"]
+    assert len(run.wanted(["sweep"], {})) == 21
+    runs = {f"sweep/linear/{i}": {0: {"loss": abs(i - 4.2)}, 1: {"loss": 1.0}} for i in range(7)}
+    runs["sweep/hold/0"] = {0: {"loss": 0.0}}
+    assert run.wanted(["top3"], runs) == ["sweep/linear/4", "sweep/linear/5", "sweep/linear/3"]
+    with pytest.raises(ValueError, match="run the sweep on seeds"):
+        run.wanted(["top3"], {})
+
+
+def test_a_twin_is_another_workload(benchmark):
+    workload = benchmark["suite"].SUITE["gpt_sgd"]
+    twins = [workload, workload.cut(600), workload.scaled("gpu"), workload.scaled("gpu").cut(600)]
+    assert [twin.name for twin in twins] == ["gpt_sgd", "gpt_sgd-600", "gpt_sgd-gpu", "gpt_sgd-gpu-600"]
+    assert len({twin.key() for twin in twins}) == 4
+    assert twins[1].steps == 600
+    from rivals import sweep_lrs
+
+    assert sweep_lrs(twins[1]) == sweep_lrs(workload)
+
+
+def test_an_unknown_workload_is_refused(benchmark, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run.py", "--workloads", "gpt"])
+    with pytest.raises(SystemExit, match="no workload gpt in the suite set; it has gpt_adamw, "):
+        benchmark["run"].main()
+
+
+HELD_OUT = re.findall(r'_W\("(\w+)", "(\w+)"', (BENCHMARK / "suite.py").read_text().split("HELD_OUT: dict")[1])
+
+
+@pytest.mark.parametrize(("name", "source"), HELD_OUT)
+def test_a_held_out_workload_learns(benchmark, name, source):
+    if source == "mnist1d":
+        pytest.importorskip("mnist1d")
+    workload = benchmark["suite"].HELD_OUT[name]
+    task, batch = workload.build(0), next(iter(workload.train_loader(0)))
+    optimizer = task.plain_optimizer()
+    optimizer.param_groups[0]["lr"] = 1e-3
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        torch.manual_seed(0)
+        loss = task.loss(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    whole = list(workload.val_loader())
+    assert sum(len(part[0]) for part in whole) >= 100
+    assert all(torch.isfinite(task.loss(part)) for part in whole)
