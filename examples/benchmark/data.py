@@ -230,16 +230,19 @@ def sorting(symbols: int = 16, length: int = 10, train: int = 20_000) -> tuple[T
 
 
 @functools.cache
-def adding(length: int = 25, train: int = 10_000) -> tuple[TensorBatches, TensorBatches]:
-    """Hochreiter and Schmidhuber's adding problem: the sum of the two marked numbers of a sequence; 1000 held out."""
+def adding(length: int = 25, train: int = 10_000, noise: float = 0.1) -> tuple[TensorBatches, TensorBatches]:
+    """Hochreiter and Schmidhuber's adding problem: the sum of the two marked numbers of a sequence; 1000 held out.
+
+    ``noise`` on the sum keeps the best loss off zero.
+    """
     rng = np.random.default_rng(0)
     total = train + 1000
     numbers, marks = rng.random((total, length)), np.zeros((total, length))
     for half in (slice(0, length // 2), slice(length // 2, length)):
         places = np.arange(length)[half]
         marks[np.arange(total), rng.choice(places, total)] = 1.0
-    sums = (numbers * marks).sum(1).astype(np.float32)[:, None]
-    return _pair(np.stack([numbers, marks], 2), sums, train)
+    sums = (numbers * marks).sum(1) + noise * rng.standard_normal(total)
+    return _pair(np.stack([numbers, marks], 2), sums.astype(np.float32)[:, None], train)
 
 
 @functools.cache
