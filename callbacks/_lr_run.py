@@ -132,10 +132,10 @@ class LRRun:
         if self.state.index and self.left >= self.trials.probe_cost:
             self.watch.read()
             probe = self._check(last=True)
-            self._judge(self.state, probe, ())
+            self._judge(self.state, probe, (), cost=self.trials.probe_cost)
             if self.plan.machine.lost(self.state) or not math.isfinite(probe.loss):
                 before = self.state
-                self.state, verdict = self.plan.machine.failed(self.state)
+                self.state, verdict = self.plan.machine.failed(self.state, last=True)
                 if verdict == "roll_back":
                     self._roll_back(before, f"the run ended at {probe.loss:.4g}, worse than its best")
 
@@ -237,7 +237,7 @@ class LRRun:
         action = "predict" if trusted else "refuse"
         self.record("forecast", action, reason, numbers=numbers | more, cost=self.trials.probe_cost)
         if self.plan.machine.lost(self.state):
-            self._settle(progress, now)
+            self._settle(progress, now, paid=True)
 
     def _end_stage(self, progress: float) -> None:
         self.watch.read()
@@ -246,11 +246,11 @@ class LRRun:
         else:
             self._begin_stage(progress, None)
 
-    def _settle(self, progress: float, probe: Probe) -> None:
-        """A stage is over: judge it, draw the consequences, begin the next."""
+    def _settle(self, progress: float, probe: Probe, *, paid: bool = False) -> None:
+        """A stage is over: judge it, draw the consequences, begin the next; a forecast's probe is ``paid`` there."""
         before = self.state
         self.state, verdict, evidence = self.plan.machine.ended(self.state, probe)
-        self._judge(before, probe, evidence)
+        self._judge(before, probe, evidence, cost=0.0 if paid else self.trials.probe_cost)
         if verdict == "roll_back":
             self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")
             probe = before.best_probe or probe
@@ -263,9 +263,9 @@ class LRRun:
             self._run_search(progress, "; ".join(evidence) or "a stage has ended")
         self._begin_stage(progress, probe)
 
-    def _judge(self, state: StageState, probe: Probe, evidence: tuple[str, ...]) -> None:
+    def _judge(self, state: StageState, probe: Probe, evidence: tuple[str, ...], *, cost: float) -> None:
         reason, numbers = words.judged(state, self.step, probe, evidence)
-        self.record("stage", "end", reason, numbers=numbers, cost=self.trials.probe_cost)
+        self.record("stage", "end", reason, numbers=numbers, cost=cost)
 
     def _recover(self, progress: float) -> None:
         why, self.watch.trouble = self.watch.trouble, ""

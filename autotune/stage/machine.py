@@ -247,9 +247,10 @@ class StageMachine:
             return state, "search", evidence
         return state, "train", evidence
 
-    def failed(self, state: StageState) -> tuple[StageState, Verdict]:
-        """The run diverged or lost ground: go back and lower, until patience runs out."""
-        if not self.guard or state.strikes >= self.patience or state.lr is None or state.best_probe is None:
+    def failed(self, state: StageState, *, last: bool = False) -> tuple[StageState, Verdict]:
+        """The run diverged or lost ground: go back and lower, until patience runs out; at the run's end in any case."""
+        kept = state.strikes >= self.patience and not last
+        if not self.guard or kept or state.lr is None or state.best_probe is None:
             return replace(state, strikes=0, bad=0), "train"
         return replace(state, lr=state.lr * self.lowering, strikes=state.strikes + 1, bad=0), "roll_back"
 

@@ -1,5 +1,7 @@
 """Runs whose validation loss gets worse for good: where they go back to, when, and what is left of it in a replay."""
 
+from itertools import pairwise
+
 import lightning as L
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from autotune.callbacks import AutoLRS, ReplaySchedule
 from tests.callbacks.harness import trainer
 
-EXAMPLES, UPDATES = 64, 600
+EXAMPLES, HELD_OUT, UPDATES = 64, 16, 600
 
 
 class Regression(L.LightningModule):
@@ -44,15 +46,16 @@ class Past(Callback):
         self.after[trainer.global_step] = [parameter.detach().clone() for parameter in pl_module.parameters()]
 
 
-def overfit(folder, controller, seed=1, noise=1.0, val_batch=32):
+def overfit(folder, controller, seed=1):
+    """So few examples are held out that a probe is of all of them."""
     L.seed_everything(seed, verbose=False)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2 * EXAMPLES, 6, generator=generator)
-    y = x[:, :1] + noise * torch.randn(len(x), 1, generator=generator)
+    x = torch.randn(EXAMPLES + HELD_OUT, 6, generator=generator)
+    y = x[:, :1] + torch.randn(len(x), 1, generator=generator)
     train, val = TensorDataset(x[:EXAMPLES], y[:EXAMPLES]), TensorDataset(x[EXAMPLES:], y[EXAMPLES:])
     module, past = Regression(), Past()
     trainer(folder, controller, past, max_steps=UPDATES, logger=CSVLogger(folder, name="", version="")).fit(
-        module, DataLoader(train, 8, shuffle=True), DataLoader(val, val_batch)
+        module, DataLoader(train, 8, shuffle=True), DataLoader(val, HELD_OUT)
     )
     return [parameter.detach().clone() for parameter in module.parameters()], past
 
@@ -67,7 +70,7 @@ def returns(callback):
     return [d for d in callback.decisions if d.action == "roll_back"]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(4))
 def test_it_ends_at_the_best_weights_it_was_checked_at_or_better(tmp_path, seed):
     callback = AutoLRS()
     end, past = overfit(tmp_path, callback, seed)
@@ -80,27 +83,28 @@ def test_it_ends_at_the_best_weights_it_was_checked_at_or_better(tmp_path, seed)
         return
     (move,) = back
     assert dict(checks(callback))[move.numbers["to_step"]] == best
-    assert all(map(torch.equal, end, past.after[move.numbers["to_step"]]))
+    if move.numbers["to_step"]:
+        assert all(map(torch.equal, end, past.after[move.numbers["to_step"]]))
 
 
 def test_with_the_rate_coming_down_one_bad_check_is_enough(tmp_path):
     callback = AutoLRS()
-    overfit(tmp_path, callback, seed=0)
-    late = [d for d in returns(callback) if UPDATES / 2 < d.step < UPDATES]
-    assert late
-    for move in late:
-        before = [check for check in checks(callback) if check[0] < move.step]
-        assert before[-1][1] == min(loss for _, loss in before), "the check before was not bad"
+    overfit(tmp_path, callback, seed=1)
+    late = [d for d in returns(callback) if 0.75 * UPDATES < d.step < UPDATES]
+    assert len(late) >= 2
+    for before, move in pairwise(late):
+        assert {step for step, _ in checks(callback) if before.step < step <= move.step} == {move.step}
         assert move.numbers["lr"] == pytest.approx(move.numbers["previous_lr"] * 10**-0.5)
-        assert any(item.startswith("worse: ") for d in callback.decisions for item in d.numbers.get("evidence", []))
+        (evidence,) = [d.numbers["evidence"] for d in callback.decisions if d.step == move.step and d.action == "end"]
+        assert evidence[0].startswith("worse: ")
 
 
 def test_a_return_to_the_middle_of_a_stage_is_replayed(tmp_path):
     callback = AutoLRS()
-    end, _ = overfit(tmp_path / "a", callback)
+    end, _ = overfit(tmp_path / "a", callback, seed=2)
     begins = {d.step for d in callback.decisions if d.kind == "stage"}
     assert any(move.numbers["to_step"] not in begins for move in returns(callback))
-    again, _ = overfit(tmp_path / "b", ReplaySchedule(tmp_path / "a"))
+    again, _ = overfit(tmp_path / "b", ReplaySchedule(tmp_path / "a"), seed=2)
     assert all(map(torch.equal, end, again))
 
 

@@ -130,6 +130,13 @@ class TestVerdicts:
         assert verdicts == ["roll_back"] * 3 + ["train"]
         assert state.lr == pytest.approx(0.1 * machine.lowering**3)
 
+    def test_at_the_end_patience_does_not_count(self):
+        machine = StageMachine()
+        state = replace(started(machine), strikes=machine.patience)
+        assert machine.failed(state)[1] == "train"
+        assert machine.failed(state, last=True)[1] == "roll_back"
+        assert machine.failed(replace(state, best_probe=None), last=True)[1] == "train"
+
     def test_without_a_guard_nothing_is_undone(self):
         machine = StageMachine(guard=False)
         assert self.ended(machine, started(machine), math.nan)[1] == "train"
