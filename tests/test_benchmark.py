@@ -162,3 +162,17 @@ def test_a_held_out_workload_learns(benchmark, name, source):
     whole = list(workload.val_loader())
     assert sum(len(part[0]) for part in whole) >= 100
     assert all(torch.isfinite(task.loss(part)) for part in whole)
+
+
+def test_a_report_of_lines_alone(benchmark, tmp_path, monkeypatch, capsys):
+    results, workload = benchmark["results"], benchmark["suite"].SUITE["parity"]
+    methods = {"sweep/linear/3": 0.5, "sweep/hold/3": 0.4, "autolrs": 0.42}
+    runs = {method: {7: result(workload, method, 7, loss)} for method, loss in methods.items()}
+    results.write_lines({"parity": runs}, tmp_path / "runs-cpu.csv")
+    monkeypatch.setattr("sys.argv", ["report.py", "--seeds", "7", "--results", str(tmp_path)])
+    benchmark["report"].main()
+    said = capsys.readouterr().out
+    assert "| parity | 0.4 (hold/3) | 1.050 |" in said
+    assert "no figure of parity" in said
+    assert (tmp_path / "table-cpu.md").read_text().strip() in said
+    assert len((tmp_path / "runs-cpu.csv").read_text().splitlines()) == 4

@@ -150,8 +150,8 @@ def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
         left.fill_between(cost, low, high, alpha=0.15, color=line.get_color())
         right.plot(*zip(*ours[0]["rates"], strict=True), color=line.get_color(), **style)
     left.set(xlabel="total cost (optimizer steps, searching included)", ylabel="validation loss", title=workload)
-    ceiling = max(p[1] for r in runs[best].values() for p in r["curve"])
-    floor = min(p[1] for r in runs[best].values() for p in r["curve"])
+    reached = [point[1] for result in runs[best].values() for point in result.get("curve", ())]
+    ceiling, floor = max(reached), min(reached)
     left.set_ylim(floor - 0.05 * (ceiling - floor), ceiling + 0.2 * (ceiling - floor))
     right.set(xlabel="real updates", ylabel="learning rate of the first group", yscale="log", title="learning rate")
     left.legend(fontsize=7)
@@ -192,9 +192,12 @@ def main() -> None:
         return
     (options.results / f"table-{label(options)}.md").write_text(text + "\n")
     write_lines(everything, options.results / f"runs-{label(options)}.csv")
-    if not options.no_figures:
-        for workload, runs in found.items():
+    for workload, runs in {} if options.no_figures else found.items():
+        best, _ = best_of_sweep(runs, options.seeds)
+        if any("curve" in runs[best][seed] for seed in options.seeds):
             print(draw(workload, runs, options.seeds, options.results / "figures"))
+        else:
+            print(f"no figure of {workload}: lines without files hold no curves")
 
 
 if __name__ == "__main__":
