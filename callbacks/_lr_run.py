@@ -60,8 +60,8 @@ class LRRun:
         self.costs = Costs()
         self._log = RunLog.of(trainer)
         self.optimizer = optimizer = trainer.optimizers[0]
-        ratios = None if saved is None else saved["ratios"]
-        self.driver = RateDriver(optimizer, scheduled=bool(trainer.lr_scheduler_configs), ratios_=ratios)
+        built = {} if saved is None else {"ratios_": saved["ratios"], "reference": saved["reference"]}
+        self.driver = RateDriver(optimizer, scheduled=bool(trainer.lr_scheduler_configs), **built)
         self.trials = Trials(
             trainer, module, set_rates=self.driver.trial, ratios=self.driver.ratios, seed=settings.seed
         )
@@ -182,9 +182,10 @@ class LRRun:
         return probe
 
     def _level(self) -> float:
-        """The share of its peak to which the rate has come down; a low rate in the first half is a warm-up's."""
+        """The share of its peak to which the rate has come down; what is low in the first half is still warming up."""
         progress = self.plan.progress
-        return self.driver.level(self.plan.shape(progress)) if progress > 0.5 else 1.0
+        decays = self.plan.horizon.known and progress > 0.5
+        return self.driver.level(self.plan.shape(progress)) if decays else 1.0
 
     def _search(self, progress: float) -> None:
         outcome = self._run_search(progress, self.state.request or "the first update is due")

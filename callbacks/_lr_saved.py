@@ -55,7 +55,8 @@ class SavedRun:
         """Primitives and tensors. The best weights make a checkpoint about twice as large."""
         evolving = self._evolving() if self._memo is None else self._memo
         best = self._run.best.state_dict() if evolving["stage"]["index"] else {}
-        return {**evolving, "ratios": list(self._run.driver.ratios), "best": best}
+        driver = self._run.driver
+        return {**evolving, "ratios": list(driver.ratios), "reference": driver.reference, "best": best}
 
     def load_state_dict(self, saved: dict[str, Any]) -> float:
         """The inverse of :meth:`state_dict`.

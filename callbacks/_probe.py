@@ -139,7 +139,9 @@ class ProbeSet:
             count += size
             if len(taken) >= 32:
                 break
-        return Batches(taken, count, whole=count >= _NEARLY_ALL * examples_of(loader, limit))
+        # Not what the batches' first dimension says, which may be time.
+        shown = len(taken) * min(getattr(loader, "batch_size", None) or 0, self._plan.batch)
+        return Batches(taken, count, whole=shown >= _NEARLY_ALL * examples_of(loader, limit))
 
     def __call__(self, loop: SideLoop) -> Probe:
         """Evaluates the present weights. Call under a snapshot: buffers and metrics move.

@@ -51,7 +51,7 @@ def test_committed_lines_are_of_the_present_workloads(benchmark, file, group):
     with (BENCHMARK / "results" / file).open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert {row["workload"] for row in rows} == set(keys)
-    assert {(row["workload"], row["key"]) for row in rows if row["key"]} == set(keys.items())
+    assert {(row["workload"], row["key"]) for row in rows} == set(keys.items())
 
 
 def test_the_readme_says_what_the_committed_lines_say(benchmark, committed):
@@ -82,20 +82,18 @@ def result(workload, method, seed, loss, **more):
 def test_lines_hold_what_files_do_but_curves(benchmark, tmp_path):
     results, workload = benchmark["results"], benchmark["suite"].SUITE["parity"]
     one = result(workload, "autolrs", 3, 0.25, curve=[[1, 2.0]])
-    two = result(workload, "sweep/linear/1", 3, None, error="it broke")
-    for each in (one, two):
-        results.keep(results.path_of(tmp_path, workload, each["method"], 3), each)
-    found = results.load(tmp_path, [workload], "cpu")
-    assert found == {"parity": {"autolrs": {3: one}, "sweep/linear/1": {3: two}}}
-    results.write_lines(found, tmp_path / "runs-cpu.csv")
+    results.keep(results.path_of(tmp_path, workload, "autolrs", 3), one)
+    benchmark["run"].job("of no such name", workload, 3, tmp_path)
+    found = results.load(tmp_path, [workload], "cpu")["parity"]
+    assert found["autolrs"] == {3: one}
+    results.write_lines({"parity": found}, tmp_path / "runs-cpu.csv")
     for file in tmp_path.glob("*/*.json"):
         file.unlink()
-    del one["curve"]
     again = results.load(tmp_path, [workload], "cpu")["parity"]
-    assert again["autolrs"][3] == one
-    assert {key: value for key, value in again["sweep/linear/1"][3].items() if value is not None} == {
-        key: value for key, value in two.items() if value is not None
-    }
+    assert again["autolrs"][3] == {key: value for key, value in one.items() if key != "curve"}
+    failed = again["of no such name"][3]
+    assert results.loss_of(failed) == float("inf"), "a run that crashed has lost"
+    assert failed["error"] == "KeyError('of no such name')"
 
 
 def test_a_file_counts_before_a_line_and_another_definition_not_at_all(benchmark, tmp_path):
@@ -140,6 +138,7 @@ def test_an_unknown_workload_is_refused(benchmark, monkeypatch):
 
 
 HELD_OUT = re.findall(r'_W\("(\w+)", "(\w+)"', (BENCHMARK / "suite.py").read_text().split("HELD_OUT: dict")[1])
+assert len(HELD_OUT) >= 14
 
 
 @pytest.mark.parametrize(("name", "source"), HELD_OUT)
@@ -176,3 +175,18 @@ def test_a_report_of_lines_alone(benchmark, tmp_path, monkeypatch, capsys):
     assert "no figure of parity" in said
     assert (tmp_path / "table-cpu.md").read_text().strip() in said
     assert len((tmp_path / "runs-cpu.csv").read_text().splitlines()) == 4
+
+
+def test_a_report_of_one_workload_keeps_the_lines_of_the_others(benchmark, tmp_path, monkeypatch):
+    results, suite = benchmark["results"], benchmark["suite"].SUITE
+    runs = {
+        name: {method: {7: result(suite[name], method, 7, 0.5)} for method in ("sweep/hold/3", "autolrs")}
+        for name in ("parity", "overfit")
+    }
+    results.write_lines(runs, tmp_path / "runs-cpu.csv")
+    before = (tmp_path / "runs-cpu.csv").read_text()
+    options = ["--seeds", "7", "--results", str(tmp_path), "--workloads", "parity"]
+    monkeypatch.setattr("sys.argv", ["report.py", *options])
+    benchmark["report"].main()
+    assert (tmp_path / "runs-cpu.csv").read_text() == before
+    assert not (tmp_path / "table-cpu.md").exists()

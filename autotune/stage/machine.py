@@ -32,7 +32,7 @@ class Probe:
     Attributes:
         loss: The monitored value, lower is better.
         batches: The value on every single batch where it is a mean over batches, else empty.
-        whole: Whether these are all the batches that the run is validated on.
+        whole: Whether it is of nearly everything that the run is validated on.
     """
 
     loss: float
@@ -75,7 +75,7 @@ class StageState:
         best_train: Mean training loss before it.
         first_train: Mean training loss of the first updates.
         bad: Checks in a row that were bad.
-        late: Whether the last check was made when the rate had come down.
+        late: Whether the last check was made when the rate had come down, or at the run's end: then one bad one counts.
         prediction: Value, low, high for the stage's end.
         forecast_due: Progress at which the end is to be predicted.
         strikes: Rollbacks in a row.
@@ -141,9 +141,9 @@ class StageMachine:
         settled: Where the rate has come down to this share of its peak a check is late. There is little noise left
             that the decay could still take out, so a loss that is worse than the best is bad whatever the training loss
             does, ...
-        worse_late: ... by this share of what the run has gained (and by the same two errors, unless the probe is of all
-            validation batches: then its loss is what the run will be judged by), and it is undone at once: the rest of
-            the decay is of more use to the best weights.
+        worse_late: ... by this share of what the run has gained (and by the same two errors, unless the probe is of the
+            whole validation set: then its loss is what the run will be judged by), and it is undone at once: the rest
+            of the decay is of more use to the best weights. Where these errors are not known a check is never late.
         behind: The rate is lowered when a stage, which is longer than the trials were, ends worse than the trial at
             its rate had ended, by this share of that trial's progress: a rate too high for a long run shows so ...
         owed_until: ... in a stage before this one ...
@@ -219,10 +219,13 @@ class StageMachine:
             step: Real updates done.
             level: Share of its peak to which the rate has come down; 0 at the run's end, whatever the rate is.
         """
+        best = state.best_probe
+        # Where the noise cannot be told, nothing but the training loss tells a setback from it.
+        told = best is not None and (probe.whole or math.isfinite(compare(probe, best)[1]))
         late = level <= self.settled
-        bad = self._is_bad(state, probe, train, late)
-        state = replace(state, bad=state.bad + 1 if bad else 0, late=late)
-        return state if state.best_probe is None else _with_best(state, probe, train, step)
+        bad = self._is_bad(state, probe, train, late and told)
+        state = replace(state, bad=state.bad + 1 if bad else 0, late=late and (told or level == 0.0))
+        return state if best is None else _with_best(state, probe, train, step)
 
     def lost(self, state: StageState) -> bool:
         """Whether the checks so far call for going back."""
@@ -295,7 +298,9 @@ class StageMachine:
         if not math.isfinite(probe.loss):
             return ("divergence: the loss is not finite",)
         if state.bad and state.late and state.best_probe is not None:
-            found.append(f"worse: {state.best_probe.loss:.4g} was reached at step {state.best_step}, at a higher rate")
+            found.append(
+                f"worse: it was {state.best_probe.loss:.4g} at step {state.best_step}, before the rate came down"
+            )
         elif state.bad:
             found.append(f"overfitting: {state.bad} checks in a row were worse than the best while training got better")
         if state.prediction is not None and probe.loss > state.prediction[2]:

@@ -65,10 +65,17 @@ def examples_in(batch: Any) -> int:
 
 
 def examples_of(loader: Any, limit: float) -> float:
-    """Examples in so many batches of a loader, on this rank; infinite where that cannot be told."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    """Examples that so many batches of a loader show on this rank, if they are the same ones every time.
+
+    Infinite where that cannot be told.
+    """
+    sampler: Any = getattr(loader, "sampler", None)
+    known = isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler)
+    if not known or not isinstance(loader, DataLoader) or loader.batch_size is None:
         return math.inf
-    return min(float(len(loader.sampler)), limit * loader.batch_size)  # type: ignore[arg-type]
+    size, shown = len(sampler), limit * loader.batch_size
+    cut = shown < size and not isinstance(sampler, SequentialSampler)
+    return math.inf if cut or getattr(sampler, "replacement", False) else min(size, shown)
 
 
 def _second(loader: Any, seed: int, limit: float, largest_batch: int | None) -> Any:
@@ -263,7 +270,7 @@ class Batches:
     Args:
         batches: The batches.
         examples: How many examples they hold.
-        whole: Whether these are nearly all there are.
+        whole: Whether these are nearly all that the loader shows.
     """
 
     def __init__(self, batches: list[Any], examples: int, *, whole: bool = False) -> None:

@@ -79,24 +79,32 @@ class RateDriver:
     Args:
         optimizer: The trainer's.
         scheduled: Whether the user has a scheduler.
-        ratios: Each group's rate in units of the first group's; read off the optimizer when None.
+        ratios_: Each group's rate in units of the first group's; read off the optimizer when None.
+        reference: The first group's rate as the optimizer was built, where the run goes on and a scheduler that keeps
+            no initial rate (``ReduceLROnPlateau``) may have lowered it since; read off the optimizer when None.
+
+    Attributes:
+        reference: The same (under a scheduler: its peak).
     """
 
-    def __init__(self, optimizer: Any, *, scheduled: bool, ratios_: list[float] | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        *,
+        scheduled: bool,
+        ratios_: list[float] | None = None,
+        reference: float | None = None,
+    ) -> None:
         self._optimizer = optimizer
-        self._reference = initial_rates(optimizer)
-        self.ratios = ratios(self._reference) if ratios_ is None else list(ratios_)
+        built = initial_rates(optimizer)
+        self.reference = built[0] if reference is None else reference
+        self.ratios = ratios(built) if ratios_ is None else list(ratios_)
         self._scaled = ScaledSteps(optimizer) if scheduled else None
 
     @property
     def scheduled(self) -> bool:
         """Whether rates are multipliers on a user's scheduler."""
         return self._scaled is not None
-
-    @property
-    def reference(self) -> float:
-        """The first group's rate as the optimizer was built (under a scheduler: its peak)."""
-        return self._reference[0]
 
     def level(self, shape: float) -> float:
         """The share of its peak at which the rate stands now: the scheduler's, or ``shape``."""

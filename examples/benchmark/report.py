@@ -172,10 +172,13 @@ def main() -> None:
     parser.add_argument("--no-figures", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="print the table and write nothing")
     options = parser.parse_args()
-    everything = load(options.results, wanted_workloads(options), label(options))
+    # Lines are written of the whole set: a table of some workloads must not cost the others theirs.
+    whole = wanted_workloads(argparse.Namespace(**{**vars(options), "workloads": None}))
+    everything = load(options.results, whole, label(options))
     found = {
-        workload: {name: by_seed for name, by_seed in runs.items() if any(seed in by_seed for seed in options.seeds)}
-        for workload, runs in everything.items()
+        workload.name: {name: runs for name, runs in everything.get(workload.name, {}).items() if {*runs} & seeds}
+        for workload in wanted_workloads(options)
+        for seeds in [set(options.seeds)]
     }
     found = {workload: runs for workload, runs in found.items() if runs}
     if not found:
@@ -190,7 +193,8 @@ def main() -> None:
     print(text)
     if options.dry_run:
         return
-    (options.results / f"table-{label(options)}.md").write_text(text + "\n")
+    if options.workloads is None:
+        (options.results / f"table-{label(options)}.md").write_text(text + "\n")
     write_lines(everything, options.results / f"runs-{label(options)}.csv")
     for workload, runs in {} if options.no_figures else found.items():
         best, _ = best_of_sweep(runs, options.seeds)

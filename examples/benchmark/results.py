@@ -69,8 +69,9 @@ def _of_line(row: dict[str, str]) -> dict[str, Any]:
 
 
 def write_lines(found: dict[str, Runs], target: Path) -> None:
-    """Every run without its curves and decisions."""
-    with target.open("w", newline="") as file:
+    """Every run without its curves and decisions; the file is replaced whole or not at all."""
+    draft = target.with_suffix(f".{os.getpid()}.tmp")
+    with draft.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["workload", "key", "method", "seed", *_NUMBERS, *_ORIGIN, "error"])
         for workload, runs in sorted(found.items()):
@@ -78,6 +79,7 @@ def write_lines(found: dict[str, Runs], target: Path) -> None:
                 for seed, r in sorted(by_seed.items()):
                     known = [workload, r.get("key"), method, seed, *(r.get(key) for key in _NUMBERS)]
                     rows.writerow([*known, *(r.get("origin", {}).get(key) for key in _ORIGIN), r.get("error")])
+    draft.replace(target)
 
 
 def loss_of(result: dict[str, Any]) -> float:

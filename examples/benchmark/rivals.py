@@ -101,7 +101,9 @@ def one_cycle(workload: Workload, seed: int) -> Fit:
 
     def recipe(task: Task) -> dict[str, Any]:
         optimizer = task.plain_optimizer()
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps + 1)
+        # Adagrad has no momentum to cycle.
+        cycled = any(name in optimizer.defaults for name in ("momentum", "betas"))
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps + 1, cycle_momentum=cycled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     task = workload.build(seed, peak)

@@ -140,7 +140,9 @@ def job(name: str, workload: Workload, seed: int, folder: Path) -> str:
         result = run_one(name, workload, seed)
     except Exception as error:
         # A rival that crashes (a finder on a loss that is not finite, say) has lost, and the table says why.
-        result = {"workload": workload.name, "method": name, "seed": seed, "loss": None, "error": repr(error)[:500]}
+        why = repr(error)[:500]
+        known = {"workload": workload.name, "key": workload.key(), "method": name, "seed": seed}
+        result = known | {"loss": None, "error": why}
     keep(path_of(folder, workload, name, seed), result)
     return f"{workload.name} {name} s{seed}: {result['loss']}"
 

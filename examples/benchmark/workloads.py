@@ -115,7 +115,7 @@ class Workload:
         return dataclasses.replace(self, name=f"{self.name}-{steps}", steps=steps)
 
     def key(self) -> str:
-        """Hash of everything that decides this workload's numbers."""
+        """Hash of what decides this workload's numbers, but for helpers of its source and network (see REVISION)."""
         parts = (inspect.unwrap(SOURCES[self.source]), NETWORKS[self.network], LOSSES[self.loss])
         # Through the syntax tree: comments and formatting change no result and so must not change the hash.
         code = [ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(part)))) for part in parts]

@@ -76,6 +76,7 @@ def compare(folder, make_module=Tiny, settings=None, data=None, validation=True,
     callback = controller(min_lr=1e-4, max_lr=3e-2, **arguments)
     tuned = Rows(folder / "tuned", make_module, [callback, *callbacks], settings, data, validation)
     assert len(searches(callback)) >= 2
+    assert not any(decision.kind == "rollback" for decision in callback.decisions)
     assert tuned.witness.steps > len(tuned.witness.lrs), "no trial was seen at the optimizer"
     scheduled = bool(tuned.trainer.lr_scheduler_configs)
     play = PlayRates(tuned.witness.lrs, scheduled)

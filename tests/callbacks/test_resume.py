@@ -84,6 +84,19 @@ def assert_continues(resumed, whole, update):
     assert resumed.callback.lr == whole.callback.lr
 
 
+class Reduced(Tiny):
+    """ReduceLROnPlateau finds no progress, and so has lowered the rate before any checkpoint."""
+
+    def __init__(self):
+        super().__init__(scheduler="plateau")
+
+    def configure_optimizers(self):
+        found = super().configure_optimizers()
+        found["lr_scheduler"]["scheduler"].threshold = 1e9
+        found["lr_scheduler"]["scheduler"].threshold_mode = "abs"
+        return found
+
+
 class TestExactResume:
     @pytest.mark.parametrize("bound", BOUNDS)
     @pytest.mark.parametrize("data", LOADERS)
@@ -121,6 +134,17 @@ class TestExactResume:
             ]
             assert resumed.witness.lrs == whole.witness.lrs[update:]
             assert resumed.decisions == whole.decisions
+
+    @pytest.mark.parametrize("point", ["end=90", "step=78"])
+    def test_under_a_scheduler_that_has_lowered_the_rate(self, tmp_path, point):
+        """Rates are a multiple of what the scheduler began with, which it does not keep."""
+        whole = saved_run(tmp_path, module=Reduced(), max_epochs=5)
+        resumed = Run(tmp_path / "resumed", seed=9, module=Reduced(), ckpt=saved(tmp_path, point), max_epochs=5)
+        first, lowered = whole.witness.lrs[59][0], whole.witness.lrs[60][0]
+        assert lowered == 0.5 * first
+        # Lightning itself may lower once less after it has gone on, but never raises.
+        assert resumed.witness.lrs[0] == whole.witness.lrs[78 if point == "step=78" else 90] or point == "end=90"
+        assert max(lrs[0] for lrs in resumed.witness.lrs) <= lowered
 
     def test_resumed_twice(self, tmp_path):
         whole = saved_run(tmp_path, max_epochs=4)

@@ -166,7 +166,7 @@ class TestVerdicts:
         assert (verdict == "roll_back") == lost
         if lost:
             assert after.lr == pytest.approx(0.1 * machine.lowering)
-            assert evidence[0] == "worse: 0.5 was reached at step 4, at a higher rate"
+            assert evidence[0] == "worse: it was 0.5 at step 4, before the rate came down"
 
     @pytest.mark.parametrize(("whole", "level", "lost"), [(False, 0.1, False), (True, 0.1, True), (True, 1.0, False)])
     def test_a_late_check_forgives_noise_but_of_a_probe_of_everything(self, whole, level, lost):
