@@ -176,6 +176,16 @@ class TestVerdicts:
         assert machine.lost(state) == lost
         assert state.bad == lost
 
+    @pytest.mark.parametrize(
+        ("level", "train", "bad", "lost"),
+        [(0.1, 1.6, 0, False), (0.1, 1.0, 1, False), (0.0, 1.0, 1, True), (0.0, 1.6, 0, False)],
+    )
+    def test_where_the_noise_is_not_known_the_training_loss_must_tell_late_too(self, level, train, bad, lost):
+        machine = StageMachine()
+        state = replace(self.fell_behind(machine), best_probe=Probe(0.5))
+        state = machine.checked(state, Probe(0.8), train, 9, level)
+        assert (state.bad, machine.lost(state)) == (bad, lost)
+
     def test_every_check_may_be_the_best(self):
         machine = StageMachine()
         state = machine.checked(self.fell_behind(machine), probe(0.4), 1.2, 9)
