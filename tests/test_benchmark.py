@@ -2,6 +2,7 @@
 
 import csv
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -73,6 +74,22 @@ def test_the_readme_counts_the_pairs_of_the_committed_lines(benchmark, committed
     assert said == [benchmark["report"]._beaten(committed, rival, [30, 31]) for rival in rivals]
 
 
+def test_the_readme_says_what_the_held_out_lines_say(benchmark):
+    report, suite = benchmark["report"], benchmark["suite"].HELD_OUT
+    lines = benchmark["results"].load(BENCHMARK / "results", list(suite.values()), "held-out-cpu")
+    section = TABLE.split("**Fourteen workloads on which nothing was chosen**")[1].split("\nBeside the trials")[0]
+    said = {name: float(value) for name, value in re.findall(r"(\w+) (\d?\.\d{3})\b", section) if name in suite}
+    ratios = {}
+    for name, runs in lines.items():
+        ratios[name] = report.means(runs, [0, 1])["autolrs"] / report.best_of_sweep(runs, [0, 1])[1]
+    assert {name: round(ratios[name], 3) for name in said} == said
+    level = [name for name in suite if name not in said]
+    assert level
+    assert all(name in section and 1.0 <= round(ratios[name], 3) <= 1.011 for name in level)
+    assert f"geometric mean is {report.geometric(list(ratios.values())):.3f}" in section
+    assert f"median {statistics.median(ratios.values()):.3f}" in section
+
+
 def result(workload, method, seed, loss, **more):
     numbers = {"budget": workload.steps, "updates": 90, "cost": 99.5, "trial_steps": 8, "seconds": 1.5}
     named = {"workload": workload.name, "key": workload.key(), "method": method, "seed": seed, "loss": loss}
@@ -111,13 +128,13 @@ def test_a_file_counts_before_a_line_and_another_definition_not_at_all(benchmark
 
 def test_names_of_methods(benchmark):
     run = benchmark["run"]
-    assert run.wanted(["hold", "autolrs"], {}) == [*(f"sweep/hold/{i}" for i in range(7)), "autolrs"]
-    assert len(run.wanted(["sweep"], {})) == 21
+    assert run.wanted(["hold", "autolrs"], {}, "parity") == [*(f"sweep/hold/{i}" for i in range(7)), "autolrs"]
+    assert len(run.wanted(["sweep"], {}, "parity")) == 21
     runs = {f"sweep/linear/{i}": {0: {"loss": abs(i - 4.2)}, 1: {"loss": 1.0}} for i in range(7)}
     runs["sweep/hold/0"] = {0: {"loss": 0.0}}
-    assert run.wanted(["top3"], runs) == ["sweep/linear/4", "sweep/linear/5", "sweep/linear/3"]
-    with pytest.raises(ValueError, match="run the sweep on seeds"):
-        run.wanted(["top3"], {})
+    assert run.wanted(["top3"], runs, "parity") == ["sweep/linear/4", "sweep/linear/5", "sweep/linear/3"]
+    with pytest.raises(ValueError, match="parity: run the sweep on seeds"):
+        run.wanted(["top3"], {}, "parity")
 
 
 def test_a_twin_is_another_workload(benchmark):

@@ -147,7 +147,7 @@ def job(name: str, workload: Workload, seed: int, folder: Path) -> str:
     return f"{workload.name} {name} s{seed}: {result['loss']}"
 
 
-def top(runs: Runs, count: int, seeds: tuple[int, ...] = (0, 1)) -> list[str]:
+def top(runs: Runs, count: int, workload: str, seeds: tuple[int, ...] = (0, 1)) -> list[str]:
     """The sweep's configurations with the lowest mean loss over the developing seeds: those worth the reporting ones.
 
     Raises:
@@ -155,11 +155,11 @@ def top(runs: Runs, count: int, seeds: tuple[int, ...] = (0, 1)) -> list[str]:
     """
     found = means(runs, seeds, "sweep/")
     if not found:
-        raise ValueError(f"run the sweep on seeds {seeds} first (--methods sweep --seeds 0 1)")
+        raise ValueError(f"{workload}: run the sweep on seeds {seeds} first (--methods sweep --seeds 0 1)")
     return sorted(found, key=found.__getitem__)[:count]
 
 
-def wanted(names: list[str], runs: Runs) -> list[str]:
+def wanted(names: list[str], runs: Runs, workload: str) -> list[str]:
     """Method names: ``sweep`` stands for 7 rates times 3 shapes and a shape's name for its 7, ``rivals`` and
     ``policies`` for all of a kind, ``top3`` for the sweep's best three on the developing seeds.
     """
@@ -169,7 +169,7 @@ def wanted(names: list[str], runs: Runs) -> list[str]:
         "rivals": list(RIVALS),
         "policies": list(POLICIES),
     }
-    return [one for name in names for one in (top(runs, 3) if name == "top3" else groups.get(name, [name]))]
+    return [one for name in names for one in (top(runs, 3, workload) if name == "top3" else groups.get(name, [name]))]
 
 
 def main() -> None:
@@ -185,7 +185,7 @@ def main() -> None:
     known = load(options.results, workloads, label(options))
     jobs = [
         (name, workload, seed) for seed in options.seeds for workload in workloads
-        for name in wanted(options.methods, known.get(workload.name, {}))
+        for name in wanted(options.methods, known.get(workload.name, {}), workload.name)
         if not path_of(options.results, workload, name, seed).exists()
     ]  # fmt: skip
     random.Random(0).shuffle(jobs)  # so that an interrupted night has a bit of everything
