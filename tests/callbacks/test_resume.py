@@ -143,7 +143,6 @@ class TestExactResume:
         first, lowered = whole.witness.lrs[59][0], whole.witness.lrs[60][0]
         assert lowered == 0.5 * first
         # Lightning itself may lower once less after it has gone on, but never raises.
-        assert resumed.witness.lrs[0] == whole.witness.lrs[78 if point == "step=78" else 90] or point == "end=90"
         assert max(lrs[0] for lrs in resumed.witness.lrs) <= lowered
 
     def test_resumed_twice(self, tmp_path):
