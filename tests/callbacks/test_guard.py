@@ -5,7 +5,7 @@ from itertools import pairwise
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -46,15 +46,30 @@ class Past(Callback):
         self.after[trainer.global_step] = [parameter.detach().clone() for parameter in pl_module.parameters()]
 
 
-def overfit(folder, controller, seed=1):
+class Scheduled(Regression):
+    """Under a scheduler of the user's, which makes ``share`` of the rate at every update."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self.share), "interval": "step"}
+        ]
+
+
+def overfit(folder, controller, seed=1, module=Regression, *more, **limits):
     """So few examples are held out that a probe is of all of them."""
     L.seed_everything(seed, verbose=False)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(EXAMPLES + HELD_OUT, 6, generator=generator)
     y = x[:, :1] + torch.randn(len(x), 1, generator=generator)
     train, val = TensorDataset(x[:EXAMPLES], y[:EXAMPLES]), TensorDataset(x[EXAMPLES:], y[EXAMPLES:])
-    module, past = Regression(), Past()
-    trainer(folder, controller, past, max_steps=UPDATES, logger=CSVLogger(folder, name="", version="")).fit(
+    module, past = module(), Past()
+    limits = limits or {"max_steps": UPDATES}
+    trainer(folder, controller, past, *more, logger=CSVLogger(folder, name="", version=""), **limits).fit(
         module, DataLoader(train, 8, shuffle=True), DataLoader(val, 8)
     )
     return [parameter.detach().clone() for parameter in module.parameters()], past
@@ -97,6 +112,30 @@ def test_with_the_rate_coming_down_one_bad_check_is_enough(tmp_path):
         assert move.numbers["lr"] == pytest.approx(move.numbers["previous_lr"] * 10**-0.5)
         (evidence,) = [d.numbers["evidence"] for d in callback.decisions if d.step == move.step and d.action == "end"]
         assert evidence[0].startswith("worse: ")
+
+
+def test_at_the_end_one_bad_check_is_enough_though_the_rate_never_came_down(tmp_path):
+    callback = AutoLRS()
+    overfit(tmp_path, callback, 1, lambda: Scheduled(lambda update: 1.0))
+    (move,) = returns(callback)
+    assert move.step == UPDATES
+
+
+class Stop(Callback):
+    """Ends a run whose end nobody knew."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= 700
+
+
+def test_where_the_end_is_not_known_a_low_rate_may_still_rise_and_no_check_is_late(tmp_path):
+    callback = AutoLRS()
+    stoppers = (EarlyStopping("val_loss", patience=1000), Stop())
+    overfit(tmp_path, callback, 0, lambda: Scheduled(lambda update: 0.1), *stoppers, max_epochs=1000)
+    horizon = callback.decisions[0].numbers["horizon"]
+    assert horizon["unit"] == "none"
+    assert any(0.5 * horizon["updates"] < step < 700 for step, _ in checks(callback))
+    assert not [d for d in callback.decisions for item in d.numbers.get("evidence", []) if item.startswith("worse: ")]
 
 
 def test_a_return_to_the_middle_of_a_stage_is_replayed(tmp_path):
