@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autotune.callbacks._trainer.data import Batches, examples_in, examples_of, second_loader, single_loader
+from autotune.callbacks._trainer.data import Batches, examples_in, nearly_all, second_loader, single_loader
 from autotune.callbacks._trainer.facts import validation_loader
 from autotune.callbacks._trainer.horizon import batch_examples
 from autotune.callbacks._trainer.ranks import Agreement
@@ -19,8 +19,6 @@ from autotune.errors import MonitorError
 from autotune.stage.budget import EVALUATION_STEPS
 from autotune.stage.machine import Probe
 
-#: A probe of this share of what is validated on is one of the whole: a loader's incomplete last batch is left out.
-_NEARLY_ALL = 0.9
 #: What a validation loss is usually called, most usual first.
 _USUAL = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "loss/val")
 
@@ -139,9 +137,7 @@ class ProbeSet:
             count += size
             if len(taken) >= 32:
                 break
-        # Not what the batches' first dimension says, which may be time.
-        shown = len(taken) * min(getattr(loader, "batch_size", None) or 0, self._plan.batch)
-        return Batches(taken, count, whole=shown >= _NEARLY_ALL * examples_of(loader, limit))
+        return Batches(taken, count, whole=nearly_all(len(taken), loader, limit, self._plan.batch))
 
     def __call__(self, loop: SideLoop) -> Probe:
         """Evaluates the present weights. Call under a snapshot: buffers and metrics move.

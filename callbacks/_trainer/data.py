@@ -9,7 +9,6 @@ bounded cache and handed out as copies (a ``training_step`` may write into its b
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +32,8 @@ from autotune.randomness import RandomState, random_state, set_random_state
 CACHE_BYTES = 512 * 2**20
 #: Attributes of data sets and samplers with more elements are storage, not state that iteration changes.
 _STATE_ELEMENTS = 4096
+#: This share of what is validated on counts as all of it.
+_NEARLY_ALL = 0.9
 
 
 def second_loader(combined: Any, seed: int, limits: Sequence[float], largest_batch: int | None = None) -> Any:
@@ -64,18 +65,21 @@ def examples_in(batch: Any) -> int:
     return int(next(sizes, 1))
 
 
-def examples_of(loader: Any, limit: float) -> float:
-    """Examples that so many batches of a loader show on this rank, if they are the same ones every time.
+def nearly_all(batches: int, loader: Any, limit: float, largest_batch: int) -> bool:
+    """Whether so many batches of a :func:`single_loader` are nearly all that the loader itself shows on this rank.
 
-    Infinite where that cannot be told.
+    A loader's incomplete last batch is left out. No where it cannot be told, or where a limit cuts a random order, so
+    that other examples are shown each time.
     """
     sampler: Any = getattr(loader, "sampler", None)
     known = isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler)
     if not known or not isinstance(loader, DataLoader) or loader.batch_size is None:
-        return math.inf
+        return False
     size, shown = len(sampler), limit * loader.batch_size
-    cut = shown < size and not isinstance(sampler, SequentialSampler)
-    return math.inf if cut or getattr(sampler, "replacement", False) else min(size, shown)
+    if (shown < size and not isinstance(sampler, SequentialSampler)) or getattr(sampler, "replacement", False):
+        return False
+    # Not what the batches' first dimension says, which may be time.
+    return batches * min(loader.batch_size, largest_batch) >= _NEARLY_ALL * min(size, shown)
 
 
 def _second(loader: Any, seed: int, limit: float, largest_batch: int | None) -> Any:
