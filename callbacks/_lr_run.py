@@ -190,7 +190,20 @@ class LRRun:
     def _search(self, progress: float) -> None:
         outcome = self._run_search(progress, self.state.request or "the first update is due")
         if self.state.index == 0:
-            self._begin_stage(progress, outcome.start)
+            self._begin_first_stage(progress, outcome.start)
+
+    def _begin_first_stage(self, progress: float, start: Probe | None) -> None:
+        """What the first search has left over pays for larger probes from here on."""
+        cost, machine = 0.0, self.plan.machine
+        if start is not None and machine.search == "on_evidence":
+            first = self.plan.budget.earned(machine.first * machine.forecast_at * self.plan.updates)
+            left = self.plan.searchable - self.costs.spent
+            if self.trials.enlarge_probe(self._searches.policy.check_steps(left, first)):
+                small, start, cost = start, self.trials.probe(), self.trials.probe_cost
+                self.costs.pay(cost, first=True)
+                # A trial's end was read on the small one: what it promised is its progress.
+                self.state = replace(self.state, promised=self.state.promised + start.loss - small.loss)
+        self._begin_stage(progress, start, cost)
 
     def _run_search(self, progress: float, why: str) -> SearchOutcome:
         outcome = self._searches.run(progress, why)
@@ -205,7 +218,7 @@ class LRRun:
         self.climb.searched(before.lr, outcome.gain, progress, outcome.reach)
         return outcome
 
-    def _begin_stage(self, progress: float, probe: Probe | None) -> None:
+    def _begin_stage(self, progress: float, probe: Probe | None, cost: float = 0.0) -> None:
         best = self.state.best_probe
         self.state = self.plan.machine.begun(self.state, progress, self.step, probe, self.watch.recent())
         if self.state.best_probe is not best or self.state.index == 1:
@@ -215,7 +228,7 @@ class LRRun:
         self.watch.begin_stage()
         self._outlook = _NO_OUTLOOK
         numbers = words.begun(self.state, self.step, self._end_step(), probe)
-        self.record("stage", "begin", f"stage {self.state.index} begins", numbers=numbers)
+        self.record("stage", "begin", f"stage {self.state.index} begins", numbers=numbers, cost=cost)
 
     def _end_step(self) -> int:
         return round(self.step + (self.state.end - self.plan.progress) * self.plan.updates)

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from autotune.callbacks._trainer.data import Batches, examples_in, nearly_all, second_loader, single_loader
+from autotune.callbacks._trainer.data import (
+    CACHE_BYTES,
+    Batches,
+    bytes_in,
+    examples_in,
+    second_batches,
+    second_loader,
+    share_of,
+)
 from autotune.callbacks._trainer.facts import validation_loader
 from autotune.callbacks._trainer.horizon import batch_examples
 from autotune.callbacks._trainer.ranks import Agreement
@@ -21,6 +29,9 @@ from autotune.stage.machine import Probe
 
 #: What a validation loss is usually called, most usual first.
 _USUAL = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "loss/val")
+
+#: Batches of one loader after :meth:`ProbeSet.enlarge`, at most.
+_MANY = 1024
 
 
 def find_monitor(logged: list[str]) -> str | None:
@@ -45,6 +56,7 @@ class ProbePlan:
         batch: Examples in one micro-batch, on all ranks.
         update: Examples in one update, on all ranks.
         limit: Training batches of an epoch.
+        batches: How many of one loader at most.
         resolved: Whether it is known what is monitored.
         monitor: The name; None for the training loss.
         why: How it was found.
@@ -55,6 +67,7 @@ class ProbePlan:
     batch: int
     update: int
     limit: float
+    batches: int = 32
     resolved: bool = False
     monitor: str | None = None
     why: str = ""
@@ -87,14 +100,19 @@ class ProbeSet:
         self._validation = None if plan.training else validation_loader(trainer)
         self._sign = -1.0 if mode == "max" and not plan.training else 1.0
         self._parts = self._draw(plan.steps)
-        #: Whether one evaluation is of all that the trainer validates on.
-        self._whole = self._validation is not None and not self._ranks.any(not all(part.whole for part in self._parts))
+        #: The share of what the trainer validates on that one evaluation is of; 0 where it cannot be told.
+        self._share = self._shown()
         #: What one evaluation costs, in optimizer steps.
         self.cost = self._cost()
 
     def _cost(self) -> float:
         # Ranks may hold different numbers of examples, and have to agree on what they can afford.
         return EVALUATION_STEPS * self._ranks.total(sum(part.examples for part in self._parts)) / self._plan.update
+
+    def _shown(self) -> float:
+        if self._validation is None:
+            return 0.0
+        return min(self._ranks.gather(min((part.share for part in self._parts), default=0.0)))
 
     @property
     def monitor(self) -> str | None:
@@ -115,29 +133,44 @@ class ProbeSet:
             loaders = self._validation.flattened
             limits = self._trainer.fit_loop.epoch_loop.val_loop._max_batches
             opened = [
-                iter(single_loader(loader, self._seed + index, limit, self._plan.batch))
+                second_batches(loader, self._seed + index, limit, self._plan.batch)
                 for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True))
             ]
         else:
             combined = self._trainer.fit_loop._combined_loader
             micro = self._plan.batch // int(self._trainer.world_size)
-            opened = [_batches(second_loader(combined, self._seed + 7919, combined.limits, micro))]
             loaders, limits = [None], [self._plan.limit]
-        allowed = 3.0 * steps * self._plan.update / len(opened)
-        return [self._take(*one, allowed) for one in zip(opened, loaders, limits, strict=True)]
+            opened = [_batches(second_loader(combined, self._seed + 7919, combined.limits, micro), limits[0])]
+        allowed, room = 3.0 * steps * self._plan.update / len(opened), CACHE_BYTES / len(opened)
+        return [self._take(*one, allowed, room) for one in zip(opened, loaders, limits, strict=True)]
 
-    def _take(self, source: Iterator[Any], loader: Any, limit: float, examples: float) -> Batches:
+    def _take(self, source: Iterator[Any], loader: Any, limit: float, examples: float, room: float) -> Batches:
         taken: list[Any] = []
         count = 0
-        for batch in islice(source, None if math.isinf(limit) else int(limit)):
+        for batch in source:
             size = examples_in(batch)
-            if len(taken) >= 2 and (count + size) * int(self._trainer.world_size) > examples:
+            room -= bytes_in(batch)
+            too_much = room < 0 or (count + size) * int(self._trainer.world_size) > examples
+            if len(taken) >= 2 and too_much:
                 break
             taken.append(batch)
             count += size
-            if len(taken) >= 32:
+            if len(taken) >= self._plan.batches:
                 break
-        return Batches(taken, count, whole=nearly_all(len(taken), loader, limit, self._plan.batch))
+        return Batches(taken, count, share=share_of(len(taken), loader, limit, self._plan.batch))
+
+    def enlarge(self, steps: float) -> bool:
+        """Draws more batches, of which one evaluation may cost ``steps`` optimizer steps; whether there are more.
+
+        Those of before are among them. Not where the training loss serves, nor where all is evaluated already.
+        """
+        if self._validation is None or self._share >= 1.0 or steps <= self.cost:
+            return False
+        self._plan, before = replace(self._plan, steps=steps, batches=_MANY), self.cost
+        self._parts = self._draw(steps)
+        self._share = self._shown()
+        self.cost = self._cost()
+        return self.cost > before
 
     def __call__(self, loop: SideLoop) -> Probe:
         """Evaluates the present weights. Call under a snapshot: buffers and metrics move.
@@ -162,7 +195,7 @@ class ProbeSet:
         if len(set(self._ranks.gather(len(batches)))) > 1:
             batches = []
         value, *batches = self._ranks.mean([value, *batches])
-        return Probe(value, tuple(batches), self._whole)
+        return Probe(value, tuple(batches), self._share)
 
     def _resolve(self, logged: list[str]) -> None:
         monitor, why = self._asked(logged) if self._wanted is not None else self._found(logged)
@@ -196,11 +229,11 @@ class ProbeSet:
     def _switch_to_training(self) -> None:
         self._plan = replace(self._plan, steps=self.cost, training=True)
         self._validation = None
-        self._whole = False
+        self._share = 0.0
         self._sign = 1.0
         self._parts = self._draw(self._plan.steps)
         self.cost = self._cost()
 
 
-def _batches(combined: Any) -> Iterator[Any]:
-    return (batch for batch, _, _ in combined)
+def _batches(combined: Any, limit: float) -> Iterator[Any]:
+    return (batch for batch, _, _ in islice(combined, None if math.isinf(limit) else int(limit)))

@@ -99,6 +99,12 @@ class Trials:
                     self._trainer, plan=plan, monitor=settings.monitor, mode=settings.mode, seed=self._seed
                 )
 
+    def enlarge_probe(self, steps: float) -> bool:
+        """Evaluates on more batches from now on, if ``steps`` optimizer steps pay for more; whether it does."""
+        assert self.probe_set is not None
+        with self._snapshot.rolled_back():
+            return self.probe_set.enlarge(steps)
+
     @property
     def monitor(self) -> list[str | None]:
         """The monitored name (None: the training loss) and how it was found; empty before the first probe."""

@@ -25,7 +25,7 @@ from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
 from autotune.stage.settings import LRSettings, Mode, Objective, Proposals, SearchWhen
 
-_STATE_VERSION = 4
+_STATE_VERSION = 5
 
 
 class AutoLRS(Callback):

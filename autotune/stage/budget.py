@@ -35,8 +35,12 @@ class Budget:
         """What the first search may cost, in steps, given the run's (assumed) length."""
         return self.share * min(self.planned_steps, assumed_steps)
 
+    def earned(self, done_steps: float) -> float:
+        """What so many updates let a run spend beyond its first search, in steps."""
+        return 2.0 * self.share * done_steps
+
     def left(self, spent: float, done_steps: float, first_cost: float) -> float:
         """Steps that may still be spent now."""
         whole = self.share * self.planned_steps
-        gradual = 2.0 * self.share * done_steps + first_cost
+        gradual = self.earned(done_steps) + first_cost
         return max(0.0, min(whole, gradual) - spent)

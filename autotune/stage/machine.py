@@ -32,12 +32,12 @@ class Probe:
     Attributes:
         loss: The monitored value, lower is better.
         batches: The value on every single batch where it is a mean over batches, else empty.
-        whole: Whether it is of nearly everything that the run is validated on.
+        share: The share of what the run is validated on that it is of; 0 where it is not known.
     """
 
     loss: float
     batches: tuple[float, ...] = ()
-    whole: bool = False
+    share: float = 0.0
 
 
 def compare(now: Probe, before: Probe) -> tuple[float, float]:
@@ -116,7 +116,7 @@ class StageState:
 
 
 def _probe(saved: dict[str, Any] | None) -> Probe | None:
-    return None if saved is None else Probe(saved["loss"], tuple(saved["batches"]), saved["whole"])
+    return None if saved is None else Probe(saved["loss"], tuple(saved["batches"]), saved["share"])
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,11 @@ class StageMachine:
         settled: Where the rate has come down to this share of its peak a check is late. There is little noise left
             that the decay could still take out, so a loss that is worse than the best is bad whatever the training loss
             does, ...
-        worse_late: ... by this share of what the run has gained (and by the same two errors, unless the probe is of the
-            whole validation set: then its loss is what the run will be judged by), and it is undone at once: the rest
-            of the decay is of more use to the best weights. Where these errors are not known a check is never late.
+        worse_late: ... by this share of what the run has gained, and by the same two errors as far as the probe leaves
+            examples out: its share of the validation set is what the run will be judged by and no guess (a sample
+            without replacement, whose error is sqrt(1 - share) of one with). It is undone at once: the rest of the
+            decay is of more use to the best weights. Where these errors are not known a check is never late, ...
+        nearly_all: ... unless the probe is of this share of the validation set.
         behind: The rate is lowered when a stage, which is longer than the trials were, ends worse than the trial at
             its rate had ended, by this share of that trial's progress: a rate too high for a long run shows so ...
         owed_until: ... in a stage before this one ...
@@ -165,6 +167,7 @@ class StageMachine:
     bad_checks: int = 2
     settled: float = 0.5
     worse_late: float = 0.025
+    nearly_all: float = 0.9
     behind: float = 0.1
     owed_until: int = 3
     telling: float = 0.05
@@ -221,7 +224,7 @@ class StageMachine:
         """
         best = state.best_probe
         # Where the noise cannot be told, nothing but the training loss tells a setback from it.
-        told = best is not None and (probe.whole or math.isfinite(compare(probe, best)[1]))
+        told = best is not None and (probe.share >= self.nearly_all or math.isfinite(compare(probe, best)[1]))
         late = level <= self.settled
         bad = self._is_bad(state, probe, train, late and told)
         state = replace(state, bad=state.bad + 1 if bad else 0, late=late and (told or level == 0.0))
@@ -277,7 +280,8 @@ class StageMachine:
             return False
         difference, error = compare(probe, state.best_probe)
         margin = (self.worse_late if late else self.worse) * max(state.initial_loss - state.best_probe.loss, 0.0)
-        noise = 2.0 * error if math.isfinite(error) and not (late and probe.whole) else 0.0
+        rest = math.sqrt(1.0 - probe.share) if late else 1.0
+        noise = 2.0 * error * rest if math.isfinite(error) else 0.0
         if difference <= max(margin, noise, 1e-12):
             return False
         if late:

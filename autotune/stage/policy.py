@@ -1,10 +1,12 @@
 """How the steps that searching may cost are divided.
 
 The first search has two legs. The coarse one tries rates over all decades on trials of a few steps, which only tell
-the decade, and costs next to nothing. The fine one walks from there on trials a forty-fifth of the run long: a
-few long trials say more of a whole run than many short ones. Both teach one surrogate. What remains pays for
-probes. Later searches need evidence, and trials long against what has been trained: a short trial late in a run ranks
-rates as if the decay came next, and always says "lower". Figures: ``examples/benchmark/FINDINGS.md``.
+the decade, and costs next to nothing. The fine one walks from there on trials a fifty-fifth of the run long: a few long
+trials say more of a whole run than many short ones. Both teach one surrogate. What remains, at least a quarter of the
+budget, pays for probes of the run itself. These are larger than those of trials, because they have to show whether the
+run has begun to overfit. Later searches need evidence, and trials long against what has been trained: a short trial
+late in a run ranks rates as if the decay came next, and always says "lower". Figures:
+``examples/benchmark/FINDINGS.md``.
 
 A run that is too short for both legs has the fine one only, around what is usual for its optimizer: six trials of
 three steps and one of eight tell less than three of eight. A shorter one still (below some 230 updates) has the coarse
@@ -13,7 +15,7 @@ leg only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class SearchPolicy:
         fine_trial: Length of one of its trials, as a share of the budget.
         shortest_coarse: Trials below this many steps say nothing.
         shortest_fine: The same for the fine leg.
-        reserve: Share of the budget that is kept for probes.
-        probe_share: What one probe may cost, as a share of the budget.
+        reserve: Share of the budget that is kept for probes of the run itself ...
+        least_reserve: ... and where that would cut the fine trials below ``telling`` steps.
+        telling: See there. Trials of 6 instead of 11 steps cost runs of 600 updates 6.5 %.
+        probe_share: What one probe of a trial may cost, as a share of the budget.
+        checks: Probes that a run makes after its first search: two a stage, the one that it begins with, one to spare.
         ranking: A later search's trials last at least this share of the updates made so far.
     """
 
@@ -55,13 +60,25 @@ class SearchPolicy:
     fine_trial: float = 1.0 / 4.5
     shortest_coarse: int = 3
     shortest_fine: int = 5
-    reserve: float = 0.1
-    probe_share: float = 0.01
+    reserve: float = 0.25
+    least_reserve: float = 0.1
+    telling: int = 24
+    probe_share: float = 0.005
+    checks: int = 12
     ranking: float = 1.0 / 3.0
 
     def probe_steps(self, budget: float) -> float:
-        """What one probe may cost in steps."""
+        """What one probe of a trial may cost in steps."""
         return self.probe_share * budget
+
+    def check_steps(self, left: float, first: float) -> float:
+        """What one probe of the run itself may cost, in steps.
+
+        Args:
+            left: Steps that the first search has left over.
+            first: Steps that the run will have earned when the first two of these probes are due.
+        """
+        return min(left / self.checks, first / 2.0)
 
     def first(self, budget: float, probe: float, *, centred: bool = True) -> list[Leg]:
         """The legs of the first search; none where the budget does not pay for three trials.
@@ -76,7 +93,7 @@ class SearchPolicy:
         >>> SearchPolicy().first(40.0, 1.0), SearchPolicy().first(5.0, 1.0)
         ([Leg(candidates=3, steps=8, walk=True)], [])
         """
-        left = (1.0 - self.reserve) * budget - probe
+        left = (1.0 - self.least_reserve) * budget - probe
         steps = max(self.shortest_coarse, round(self.coarse_trial * budget))
         coarse = Leg(min(self.coarse, int(left / (steps + probe))), steps)
         fine = self._fine(left - coarse.candidates * (steps + probe), budget, probe, 2 * steps)
@@ -86,7 +103,11 @@ class SearchPolicy:
                 return [alone]
         if coarse.candidates < 3:
             return []
-        return [coarse] if fine is None else [coarse, fine]
+        if fine is None:
+            return [coarse]
+        left = (1.0 - self.reserve) * budget - probe - coarse.candidates * (steps + probe)
+        shorter = max(self.telling, int(left / fine.candidates - probe))
+        return [coarse, replace(fine, steps=min(fine.steps, shorter))]
 
     def _fine(self, left: float, budget: float, probe: float, shortest: int) -> Leg | None:
         for count in range(self.fine, 0, -1):

@@ -9,7 +9,9 @@ bounded cache and handed out as copies (a ``training_step`` may write into its b
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,8 +34,6 @@ from autotune.randomness import RandomState, random_state, set_random_state
 CACHE_BYTES = 512 * 2**20
 #: Attributes of data sets and samplers with more elements are storage, not state that iteration changes.
 _STATE_ELEMENTS = 4096
-#: This share of what is validated on counts as all of it.
-_NEARLY_ALL = 0.9
 
 
 def second_loader(combined: Any, seed: int, limits: Sequence[float], largest_batch: int | None = None) -> Any:
@@ -54,9 +54,18 @@ def second_loader(combined: Any, seed: int, limits: Sequence[float], largest_bat
     return clone
 
 
-def single_loader(loader: Any, seed: int, limit: float, largest_batch: int | None) -> Any:
-    """One loader of a combined one, copied like :func:`second_loader` does."""
-    return _second(loader, seed, limit, largest_batch)
+def second_batches(loader: Any, seed: int, limit: float, largest_batch: int) -> Iterator[Any]:
+    """Batches of a copy, made as by :func:`second_loader`, of one loader: no more examples than the run sees of it."""
+    clone = _second(loader, seed, limit, largest_batch)
+    if math.isinf(limit):
+        return iter(clone)
+    size, cut = (getattr(getattr(one, "batch_sampler", None), "batch_size", None) for one in (loader, clone))
+    return islice(clone, math.ceil(limit * size / cut) if size and cut else int(limit))
+
+
+def bytes_in(batch: Any) -> int:
+    """What the tensors of a batch take."""
+    return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
 
 
 def examples_in(batch: Any) -> int:
@@ -65,21 +74,20 @@ def examples_in(batch: Any) -> int:
     return int(next(sizes, 1))
 
 
-def nearly_all(batches: int, loader: Any, limit: float, largest_batch: int) -> bool:
-    """Whether so many batches of a :func:`single_loader` are nearly all that the loader itself shows on this rank.
+def share_of(batches: int, loader: Any, limit: float, largest_batch: int) -> float:
+    """The share that so many of :func:`second_batches` are of what the loader itself shows on this rank.
 
-    A loader's incomplete last batch is left out. No where it cannot be told, or where a limit cuts a random order, so
-    that other examples are shown each time.
+    Zero where it cannot be told, or where a limit cuts a random order, so that other examples are shown each time.
     """
     sampler: Any = getattr(loader, "sampler", None)
     known = isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler)
     if not known or not isinstance(loader, DataLoader) or loader.batch_size is None:
-        return False
+        return 0.0
     size, shown = len(sampler), limit * loader.batch_size
     if (shown < size and not isinstance(sampler, SequentialSampler)) or getattr(sampler, "replacement", False):
-        return False
+        return 0.0
     # Not what the batches' first dimension says, which may be time.
-    return batches * min(loader.batch_size, largest_batch) >= _NEARLY_ALL * min(size, shown)
+    return min(1.0, batches * min(loader.batch_size, largest_batch) / max(1, min(size, shown)))
 
 
 def _second(loader: Any, seed: int, limit: float, largest_batch: int | None) -> Any:
@@ -222,8 +230,7 @@ class Replay:
             if self._source is None:
                 self._source = self._endless()
             batch = next(self._source)
-        size = sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
-        self._room -= size
+        self._room -= bytes_in(batch)
         if self._room >= 0 or not self._cached:
             self._cached.append(batch)
         self._full = self._room < 0
@@ -274,13 +281,13 @@ class Batches:
     Args:
         batches: The batches.
         examples: How many examples they hold.
-        whole: Whether these are nearly all that the loader shows.
+        share: Of what the loader shows; 0 where it cannot be told.
     """
 
-    def __init__(self, batches: list[Any], examples: int, *, whole: bool = False) -> None:
+    def __init__(self, batches: list[Any], examples: int, *, share: float = 0.0) -> None:
         self._batches = batches
         self.examples = examples
-        self.whole = whole
+        self.share = share
 
     def __len__(self) -> int:
         return len(self._batches)

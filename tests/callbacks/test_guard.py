@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from autotune.callbacks import AutoLRS, ReplaySchedule
 from tests.callbacks.harness import trainer
@@ -145,56 +145,3 @@ def test_a_return_to_the_middle_of_a_stage_is_replayed(tmp_path):
     assert any(move.numbers["to_step"] not in begins for move in returns(callback))
     again, _ = overfit(tmp_path / "b", ReplaySchedule(tmp_path / "a"), seed=2)
     assert all(map(torch.equal, end, again))
-
-
-class Endless(Sampler):
-    """In order, and without a length."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __iter__(self):
-        return iter(range(self.count))
-
-
-class Probed(Callback):
-    """What a checkpoint would hold of the best probe."""
-
-    def __init__(self, controller):
-        self.controller, self.best = controller, None
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.best = self.controller.state_dict()["run"]["stage"]["best_probe"]
-
-
-@pytest.mark.parametrize(
-    ("examples", "val_batch", "options", "batches"),
-    [
-        (25, 8, {}, 3),
-        (20, 8, {}, None),
-        (640, 8, {"limit_val_batches": 2}, 2),
-        (64, 16, {"limit_val_batches": 2}, None),
-        (640, 8, {}, None),
-        (64, 32, {}, None),
-        (25, 8, {"limit_val_batches": 0}, None),
-        (25, 8, {"shuffle": True}, 3),
-        (640, 8, {"shuffle": True, "limit_val_batches": 2}, None),
-        (25, 8, {"sampler": Endless(25)}, None),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*shuffling enabled")
-def test_a_probe_knows_whether_it_is_of_all_there_is(tmp_path, examples, val_batch, options, batches):
-    controller = AutoLRS(search_budget=0.5)
-    probed = Probed(controller)
-    x = torch.randn(examples, 6, generator=torch.Generator().manual_seed(0))
-    data = TensorDataset(x, x[:, :1])
-    loading = {name: options[name] for name in ("shuffle", "sampler") if name in options}
-    options = {name: value for name, value in options.items() if name not in loading}
-    trainer(tmp_path, controller, probed, max_steps=300, limit_train_batches=8, **options).fit(
-        Regression(),
-        DataLoader(TensorDataset(x.repeat(4, 1), x[:, :1].repeat(4, 1)), 8, shuffle=True),
-        DataLoader(data, val_batch, **loading),
-    )
-    assert probed.best["whole"] == (batches is not None)
-    if batches is not None:
-        assert len(probed.best["batches"]) == batches

@@ -168,13 +168,23 @@ class TestVerdicts:
             assert after.lr == pytest.approx(0.1 * machine.lowering)
             assert evidence[0] == "worse: it was 0.5 at step 4, before the rate came down"
 
-    @pytest.mark.parametrize(("whole", "level", "lost"), [(False, 0.1, False), (True, 0.1, True), (True, 1.0, False)])
-    def test_a_late_check_forgives_noise_but_of_a_probe_of_everything(self, whole, level, lost):
+    @pytest.mark.parametrize(
+        ("share", "level", "lost"),
+        # Two errors are 2.2, the difference .3: sqrt(1 - share) has to come below .136.
+        [(0.0, 0.1, False), (0.98, 0.1, False), (0.983, 0.1, True), (1.0, 0.1, True), (1.0, 1.0, False)],
+    )
+    def test_a_late_check_forgives_the_noise_of_what_the_probe_leaves_out(self, share, level, lost):
         machine = StageMachine()
-        state = replace(self.fell_behind(machine), best_probe=Probe(0.5, (0.0, 1.0), whole))
-        state = machine.checked(state, Probe(0.8, (1.4, 0.2), whole), 1.0, 9, level)
+        state = replace(self.fell_behind(machine), best_probe=Probe(0.5, (0.0, 1.0), share))
+        state = machine.checked(state, Probe(0.8, (1.4, 0.2), share), 1.0, 9, level)
         assert machine.lost(state) == lost
         assert state.bad == lost
+
+    @pytest.mark.parametrize(("share", "lost"), [(0.89, False), (0.9, True)])
+    def test_a_probe_of_nearly_all_is_believed_late_though_its_noise_is_not_known(self, share, lost):
+        machine = StageMachine()
+        state = replace(self.fell_behind(machine), best_probe=Probe(0.5, (), share))
+        assert machine.lost(machine.checked(state, Probe(0.8, (), share), 1.6, 9, 0.1)) == lost
 
     @pytest.mark.parametrize(
         ("level", "train", "bad", "lost"),
@@ -210,7 +220,8 @@ class TestVerdicts:
         StageState,
         lr=st.none() | st.floats(0, 1),
         index=st.integers(0, 9),
-        start_probe=st.none() | st.builds(Probe, st.floats(0, 9), st.lists(st.floats(0, 9)).map(tuple), st.booleans()),
+        start_probe=st.none()
+        | st.builds(Probe, st.floats(0, 9), st.lists(st.floats(0, 9)).map(tuple), st.floats(0, 1)),
         best_probe=st.none() | st.builds(Probe, st.floats(0, 9)),
         prediction=st.none() | st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
         request=st.text(),
