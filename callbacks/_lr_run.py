@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autotune.callbacks import _lr_words as words
 from autotune.callbacks._losses import LossWatch
+from autotune.callbacks._lr_checks import Checks
 from autotune.callbacks._lr_climb import HeldRate
 from autotune.callbacks._lr_ledger import BestWeights, Costs
 from autotune.callbacks._lr_plan import LRPlan
@@ -72,6 +73,7 @@ class LRRun:
         self._prepared = False
         self.plan = LRPlan(settings, trainer)
         self._searches = LRSearches(settings, self)
+        self.checks = Checks(self, self._searches.policy)
         self.saved = SavedRun(self)
         if saved is not None:
             scale = self.saved.load_state_dict(saved)
@@ -129,10 +131,10 @@ class LRRun:
         self.record("finish", "end", reason, numbers={"lr": self.driver.last, **numbers})
 
     def _judge_end(self) -> None:
-        if self.state.index and self.left >= self.trials.probe_cost:
+        if self.state.index and self.checks.affordable():
             self.watch.read()
-            probe = self._check(last=True)
-            self._judge(self.state, probe, (), cost=self.trials.probe_cost)
+            probe = self.checks.make(last=True)
+            self._judge(self.state, probe, (), cost=self.checks.cost)
             if self.plan.machine.lost(self.state) or not math.isfinite(probe.loss):
                 before = self.state
                 self.state, verdict = self.plan.machine.failed(self.state, last=True)
@@ -168,42 +170,12 @@ class LRRun:
             self.costs.pay(steps, steps, first=True)
             self.plan.set_updates(self.plan.horizon.total / seconds)
             self._replan(f"an update takes {seconds:.3g} s, so that the run will make about {self.plan.updates:.0f}")
-        allowed = self._searches.policy.probe_steps(self.plan.searchable)
-        self.trials.prepare_probe(self.settings, steps=allowed, saved=self.saved.probe)
-
-    def _check(self, *, last: bool = False) -> Probe:
-        """A probe of the present weights, counted by the machine; the best weights so far are kept."""
-        probe = self.trials.probe()
-        self.costs.pay(self.trials.probe_cost)
-        best, level = self.state.best_probe, 0.0 if last else self._level()
-        self.state = self.plan.machine.checked(self.state, probe, self.watch.recent(), self.step, level)
-        if self.state.best_probe is not best:
-            self.best.capture()
-        return probe
-
-    def _level(self) -> float:
-        """The share of its peak to which the rate has come down; what is low in the first half is still warming up."""
-        progress = self.plan.progress
-        decays = self.plan.horizon.known and progress > 0.5
-        return self.driver.level(self.plan.shape(progress)) if decays else 1.0
+        self.checks.prepare()
 
     def _search(self, progress: float) -> None:
         outcome = self._run_search(progress, self.state.request or "the first update is due")
         if self.state.index == 0:
-            self._begin_first_stage(progress, outcome.start)
-
-    def _begin_first_stage(self, progress: float, start: Probe | None) -> None:
-        """What the first search has left over pays for larger probes from here on."""
-        cost, machine = 0.0, self.plan.machine
-        if start is not None and machine.search == "on_evidence":
-            first = self.plan.budget.earned(machine.first * machine.forecast_at * self.plan.updates)
-            left = self.plan.searchable - self.costs.spent
-            if self.trials.enlarge_probe(self._searches.policy.check_steps(left, first)):
-                small, start, cost = start, self.trials.probe(), self.trials.probe_cost
-                self.costs.pay(cost, first=True)
-                # A trial's end was read on the small one: what it promised is its progress.
-                self.state = replace(self.state, promised=self.state.promised + start.loss - small.loss)
-        self._begin_stage(progress, start, cost)
+            self._begin_stage(progress, *self.checks.begin(outcome.start))
 
     def _run_search(self, progress: float, why: str) -> SearchOutcome:
         outcome = self._searches.run(progress, why)
@@ -236,11 +208,11 @@ class LRRun:
     def _predict(self, progress: float) -> None:
         self.watch.read()
         numbers: dict[str, Any] = {"stage": self.state.index, "at_step": self.step, "target_step": self._end_step()}
-        if self.left < 2 * self.trials.probe_cost:  # the probe here and the one at the stage's end
+        if not self.checks.affordable(2):  # here and at the stage's end
             self.state = self.plan.machine.predicted(self.state, None)
             self.record("forecast", "refuse", "the search budget has no room for the probes", numbers=numbers)
             return
-        now = self._check()
+        now = self.checks.make()
         outlook = look_ahead(self.watch.trace, self.state.start_probe, now, self.step, self._end_step())
         self._outlook = self._ranks.of_zero(outlook)
         trusted = self._outlook.trusted
@@ -249,14 +221,14 @@ class LRRun:
             self.watch.expect(self._outlook.watch)
         reason, more = words.expected(self._outlook, now)
         action = "predict" if trusted else "refuse"
-        self.record("forecast", action, reason, numbers=numbers | more, cost=self.trials.probe_cost)
+        self.record("forecast", action, reason, numbers=numbers | more, cost=self.checks.cost)
         if self.plan.machine.lost(self.state):
             self._settle(progress, now, paid=True)
 
     def _end_stage(self, progress: float) -> None:
         self.watch.read()
-        if self.left >= self.trials.probe_cost:
-            self._settle(progress, self._check())
+        if self.checks.affordable():
+            self._settle(progress, self.checks.make())
         else:
             self._begin_stage(progress, None)
 
@@ -264,7 +236,7 @@ class LRRun:
         """A stage is over: judge it, draw the consequences, begin the next; a forecast's probe is ``paid`` there."""
         before = self.state
         self.state, verdict, evidence = self.plan.machine.ended(self.state, probe)
-        self._judge(before, probe, evidence, cost=0.0 if paid else self.trials.probe_cost)
+        self._judge(before, probe, evidence, cost=0.0 if paid else self.checks.cost)
         if verdict == "roll_back":
             self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")
             probe = before.best_probe or probe

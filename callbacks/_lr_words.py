@@ -89,6 +89,7 @@ def begun(state: StageState, step: int, end_step: int, probe: Probe | None) -> d
         "end_progress": state.end,
         "end_step": end_step,
         "loss": math.nan if probe is None else probe.loss,
+        "probe_share": math.nan if probe is None else probe.share,
         **rate(state),
     }
 

@@ -11,8 +11,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = ROOT / "examples" / "benchmark"
-MODULES = ("data", "models", "workloads", "suite", "results", "rivals", "report", "run")
+MODULES = (
+    "data", "models", "workloads", "suite", "results", "rivals", "report", "run", "growth_runs", "growth_table"
+)  # fmt: skip
 REPORTING = [30, 31, 32, 33, 34, 40, 41]
+GROWTH_SEEDS = [10, 11, 12]
 TABLE = (ROOT / "README.md").read_text(encoding="utf-8").split("**The benchmark's eighteen workloads**")[1]
 
 
@@ -25,12 +28,15 @@ def benchmark():
         patch.syspath_prepend(str(BENCHMARK))
         for name in MODULES:
             patch.delitem(sys.modules, name, raising=False)
+        import growth_runs
+        import growth_table
         import report
         import results
         import run
         import suite
 
-        yield {"report": report, "results": results, "run": run, "suite": suite}
+        growth = {"growth_runs": growth_runs, "growth_table": growth_table}
+        yield {"report": report, "results": results, "run": run, "suite": suite, **growth}
         for name in MODULES:
             sys.modules.pop(name, None)
 
@@ -88,6 +94,44 @@ def test_the_readme_says_what_the_held_out_lines_say(benchmark):
     assert all(name in section and 1.0 <= round(ratios[name], 3) <= 1.011 for name in level)
     assert f"geometric mean is {report.geometric(list(ratios.values())):.3f}" in section
     assert f"median {statistics.median(ratios.values()):.3f}" in section
+
+
+def test_the_readme_says_what_the_growth_lines_say(benchmark):
+    runs, suite = benchmark["growth_runs"].load(BENCHMARK / "results"), benchmark["suite"].SUITE
+    made = benchmark["growth_table"].table(list(suite), GROWTH_SEEDS, runs).splitlines()[2:]
+    said = TABLE.split("| workload (best fixed batch) |")[1].split("\n\n")[0].replace("*", "").replace(" %", "%")
+    rows = said.splitlines()[2:]
+    assert len(rows) == len(suite) + 1
+    for row, line in zip(rows, made, strict=False):
+        expected = [cell.strip() for cell in line.strip("|").split("|")]
+        # What a batch saves by not growing, and what the same run saves twice over, is left out.
+        expected[1], expected[3] = expected[1].split(",")[0], expected[3].split(",")[0]
+        assert [cell.strip() for cell in row.strip("|").split("|")] == expected
+
+
+def test_growth_lines_hold_what_files_do_and_nothing_of_other_definitions(benchmark, tmp_path):
+    growth, results, workload = benchmark["growth_runs"], benchmark["results"], benchmark["suite"].SUITE["parity"]
+    known = {"workload": "parity", "key": workload.key(), "batch": 64, "lr": growth.rates()["parity"]["64"]}
+    made = {"loss": 0.25, "updates": 90, "seconds": 1.5, "origin": {"commit": "a", "machine": "m", "versions": "v"}}
+    ours = {"noise_multiple": 0.25, "lr_scaling": "auto", "decay_growth": 3.0}
+    runs = {
+        ("parity", "fixed", 64, 3): known | made | {"rule": "fixed", "seed": 3},
+        ("parity", "noise_scale", 64, 3): known | made | ours | {"rule": "noise_scale", "seed": 3},
+    }
+    for (_, rule, batch, seed), run in runs.items():
+        results.keep(growth.place(tmp_path, workload, rule, batch, seed), run)
+    assert growth.load(tmp_path) == runs
+    growth.write_lines(runs, tmp_path / growth.LINES)
+    for file in tmp_path.glob("growth/*/*.json"):
+        file.unlink()
+    assert growth.load(tmp_path) == runs
+    others = {
+        ("parity", "fixed", 64, 4): known | made | {"rule": "fixed", "seed": 4, "lr": 1.5},
+        ("parity", "fixed", 64, 5): known | made | {"rule": "fixed", "seed": 5, "key": "another"},
+        ("parity", "noise_scale", 64, 4): known | made | ours | {"rule": "noise_scale", "seed": 4, "decay_growth": 4.0},
+    }
+    growth.write_lines(runs | others, tmp_path / growth.LINES)
+    assert growth.load(tmp_path) == runs
 
 
 def result(workload, method, seed, loss, **more):

@@ -1,0 +1,79 @@
+"""The run's own probes: how large they are, whether they can be paid, and what they make of its state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autotune.stage.machine import Probe
+from autotune.stage.policy import SearchPolicy
+
+if TYPE_CHECKING:
+    from autotune.callbacks._lr_run import LRRun
+
+
+class Checks:
+    """Looks at the present weights of one fit, at a price.
+
+    Args:
+        run: The fit.
+        policy: How the budget is divided.
+    """
+
+    def __init__(self, run: LRRun, policy: SearchPolicy) -> None:
+        self._run = run
+        self._policy = policy
+
+    @property
+    def cost(self) -> float:
+        """What one of them costs, in steps."""
+        return self._run.trials.probe_cost
+
+    def affordable(self, count: int = 1) -> bool:
+        """Whether the budget pays for so many now."""
+        return self._run.left >= count * self.cost
+
+    def prepare(self) -> None:
+        """Chooses the examples; a first search's trials are judged on them too."""
+        run = self._run
+        allowed = self._policy.probe_steps(run.plan.searchable)
+        run.trials.prepare_probe(run.settings, steps=allowed, saved=run.saved.probe)
+
+    def begin(self, start: Probe | None) -> tuple[Probe | None, float]:
+        """What the first search has left over pays for more examples from here on.
+
+        Args:
+            start: The first search's probe of the present weights; None where none was made.
+
+        Returns:
+            The probe that the first stage begins with, and what it has cost in steps.
+        """
+        run, machine = self._run, self._run.plan.machine
+        if start is None or machine.search != "on_evidence":
+            return start, 0.0
+        earned = run.plan.budget.earned(machine.first * machine.forecast_at * run.plan.updates)
+        left = run.plan.searchable - run.costs.spent
+        if not run.trials.enlarge_probe(self._policy.check_steps(left, earned)):
+            return start, 0.0
+        probe = run.trials.probe()
+        run.costs.pay(self.cost, first=True)
+        # A trial's end was read on fewer examples: what it promised is its progress.
+        run.state = replace(run.state, promised=run.state.promised + probe.loss - start.loss)
+        return probe, self.cost
+
+    def make(self, *, last: bool = False) -> Probe:
+        """A probe of the present weights, counted by the machine; the best weights so far are kept."""
+        run = self._run
+        probe = run.trials.probe()
+        run.costs.pay(self.cost)
+        best, level = run.state.best_probe, 0.0 if last else self._level()
+        run.state = run.plan.machine.checked(run.state, probe, run.watch.recent(), run.step, level)
+        if run.state.best_probe is not best:
+            run.best.capture()
+        return probe
+
+    def _level(self) -> float:
+        """The share of its peak to which the rate has come down; what is low in the first half is still warming up."""
+        run, progress = self._run, self._run.plan.progress
+        decays = run.plan.horizon.known and progress > 0.5
+        return run.driver.level(run.plan.shape(progress)) if decays else 1.0
