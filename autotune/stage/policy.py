@@ -1,11 +1,11 @@
 """How the steps that searching may cost are divided.
 
 The first search has two legs. The coarse one tries rates over all decades on trials of a few steps, which only tell
-the decade, and costs next to nothing. The fine one walks from there on trials a fifty-fifth of the run long: a few long
-trials say more of a whole run than many short ones. Both teach one surrogate. What remains, at least a quarter of the
-budget, pays for probes of the run itself. These are larger than those of trials, because they have to show whether the
-run has begun to overfit. Later searches need evidence, and trials long against what has been trained: a short trial
-late in a run ranks rates as if the decay came next, and always says "lower". Figures:
+the decade, and costs next to nothing. The fine one walks from there on trials a forty-fifth of the run long: a few
+long trials say more of a whole run than many short ones. Both teach one surrogate. What they leave over, because a
+tenth is kept and hopeless trials are stopped, pays for probes of the run itself. These have to show whether the run
+overfits, so they are as large as what is left allows. Later searches need evidence, and trials long against what has
+been trained: a short trial late in a run ranks rates as if the decay came next, and always says "lower". Figures:
 ``examples/benchmark/FINDINGS.md``.
 
 A run that is too short for both legs has the fine one only, around what is usual for its optimizer: six trials of
@@ -15,7 +15,7 @@ leg only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,7 @@ class SearchPolicy:
         fine_trial: Length of one of its trials, as a share of the budget.
         shortest_coarse: Trials below this many steps say nothing.
         shortest_fine: The same for the fine leg.
-        reserve: Share of the budget that is kept for probes of the run itself ...
-        least_reserve: ... and where that would cut the fine trials below ``telling`` steps.
-        telling: See there. Trials of 6 instead of 11 steps cost runs of 600 updates 6.5 %.
+        reserve: Share of the budget that is kept for probes of the run itself, at least.
         probe_share: What one probe of a trial may cost, as a share of the budget.
         checks: Probes that a run makes after its first search: two a stage, the one that it begins with, one to spare.
         ranking: A later search's trials last at least this share of the updates made so far.
@@ -60,10 +58,8 @@ class SearchPolicy:
     fine_trial: float = 1.0 / 4.5
     shortest_coarse: int = 3
     shortest_fine: int = 5
-    reserve: float = 0.25
-    least_reserve: float = 0.1
-    telling: int = 24
-    probe_share: float = 0.005
+    reserve: float = 0.1
+    probe_share: float = 0.01
     checks: int = 12
     ranking: float = 1.0 / 3.0
 
@@ -93,7 +89,7 @@ class SearchPolicy:
         >>> SearchPolicy().first(40.0, 1.0), SearchPolicy().first(5.0, 1.0)
         ([Leg(candidates=3, steps=8, walk=True)], [])
         """
-        left = (1.0 - self.least_reserve) * budget - probe
+        left = (1.0 - self.reserve) * budget - probe
         steps = max(self.shortest_coarse, round(self.coarse_trial * budget))
         coarse = Leg(min(self.coarse, int(left / (steps + probe))), steps)
         fine = self._fine(left - coarse.candidates * (steps + probe), budget, probe, 2 * steps)
@@ -103,11 +99,7 @@ class SearchPolicy:
                 return [alone]
         if coarse.candidates < 3:
             return []
-        if fine is None:
-            return [coarse]
-        left = (1.0 - self.reserve) * budget - probe - coarse.candidates * (steps + probe)
-        shorter = max(self.telling, int(left / fine.candidates - probe))
-        return [coarse, replace(fine, steps=min(fine.steps, shorter))]
+        return [coarse] if fine is None else [coarse, fine]
 
     def _fine(self, left: float, budget: float, probe: float, shortest: int) -> Leg | None:
         for count in range(self.fine, 0, -1):

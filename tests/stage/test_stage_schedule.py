@@ -99,14 +99,6 @@ class TestPolicy:
         assert len(legs) == 2
         assert legs[1].steps > 2 * legs[0].steps
 
-    def test_a_large_budget_keeps_a_quarter_for_probes_a_small_one_keeps_its_trials(self):
-        for budget in (60.0, 100.0, 140.0, 150.0, 400.0):
-            coarse, fine = SearchPolicy().first(budget, 0.5)
-            kept = 1.0 - (0.5 + sum(leg.candidates * (leg.steps + 0.5) for leg in (coarse, fine))) / budget
-            assert kept >= 0.1
-            assert kept >= 0.25 or fine.steps <= 24
-            assert kept < 0.25 + 3 / budget or fine.steps == 24
-
     def test_probes_of_the_run_share_what_is_left_and_none_has_to_wait(self):
         policy = SearchPolicy(checks=12)
         assert policy.check_steps(36.0, 100.0) == 3.0
