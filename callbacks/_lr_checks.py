@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autotune.stage.machine import Probe
 from autotune.stage.policy import SearchPolicy
+from autotune.stage.probe import Probe
 
 if TYPE_CHECKING:
     from autotune.callbacks._lr_run import LRRun

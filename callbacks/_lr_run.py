@@ -27,8 +27,9 @@ from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.rates import RateDriver
 from autotune.callbacks._trials import Trials
 from autotune.decision import Decision
-from autotune.stage.machine import Probe, StageState
+from autotune.stage.machine import StageState
 from autotune.stage.outlook import Outlook, look_ahead
+from autotune.stage.probe import Probe
 from autotune.stage.settings import LRSettings
 
 _NO_OUTLOOK = Outlook(math.nan, math.nan, math.nan, "not yet")

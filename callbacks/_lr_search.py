@@ -23,8 +23,8 @@ from autotune.search import (
 from autotune.search.state import highest_harmless
 from autotune.search.surrogate import SurrogatePrior
 from autotune.search.usual import cautious_lr, usual_lr
-from autotune.stage.machine import Probe
 from autotune.stage.policy import Leg, SearchPolicy
+from autotune.stage.probe import Probe
 from autotune.stage.schedule import Shape, TrialShape
 from autotune.stage.settings import LRSettings
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from autotune.callbacks._lr_ledger import Costs
 from autotune.callbacks._trials import SearchResult
-from autotune.stage.machine import Probe, StageState
+from autotune.stage.machine import StageState
 from autotune.stage.outlook import Outlook
 from autotune.stage.policy import Leg
+from autotune.stage.probe import Probe
 
 
 def rate(state: StageState, before: StageState | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop
 from autotune.errors import MonitorError
 from autotune.stage.budget import EVALUATION_STEPS
-from autotune.stage.machine import Probe
+from autotune.stage.probe import Probe
 
 #: What a validation loss is usually called, most usual first.
 _USUAL = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "loss/val")

@@ -11,7 +11,7 @@ from autotune.forecast.published import published_forecast
 from autotune.randomness import RandomState
 from autotune.search import Outcome, Recommendation, Search, SearchState, TrialStopper
 from autotune.search.observation import Status
-from autotune.stage.machine import Probe
+from autotune.stage.probe import Probe
 from autotune.stage.schedule import TrialShape
 
 

@@ -25,7 +25,7 @@ from autotune.callbacks._trial import PlannedLeg, run_trial
 from autotune.pystate import Attributes
 from autotune.search import Outcome, Recommendation
 from autotune.snapshot import Snapshot
-from autotune.stage.machine import Probe
+from autotune.stage.probe import Probe
 from autotune.stage.settings import LRSettings
 
 #: Steps made to learn how long one takes; the median leaves the first, slow ones out.

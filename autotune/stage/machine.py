@@ -21,40 +21,10 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from autotune.stage.probe import Probe, compare
+
 Due = Literal["search", "forecast", "end"]
 Verdict = Literal["train", "search", "roll_back", "decay", "lower"]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One evaluation on the probe batches.
-
-    Attributes:
-        loss: The monitored value, lower is better.
-        batches: The value on every single batch where it is a mean over batches, else empty.
-        share: The share of what the run is validated on that it is of; 0 where it is not known.
-    """
-
-    loss: float
-    batches: tuple[float, ...] = ()
-    share: float = 0.0
-
-
-def compare(now: Probe, before: Probe) -> tuple[float, float]:
-    """The paired difference ``now - before`` and its standard error (NaN where it cannot be told)."""
-    difference = now.loss - before.loss
-    count = len(now.batches)
-    if count < 2 or count != len(before.batches):
-        return difference, math.nan
-    pairs = [a - b for a, b in zip(now.batches, before.batches, strict=True)]
-    if not all(map(math.isfinite, pairs)):
-        return difference, math.nan
-    try:
-        mean = math.fsum(pairs) / count
-        variance = math.fsum((pair - mean) ** 2 for pair in pairs) / (count - 1)
-    except OverflowError:
-        return difference, math.nan
-    return difference, math.sqrt(variance / count)
 
 
 @dataclass(frozen=True)
@@ -111,12 +81,8 @@ class StageState:
     def from_dict(cls, saved: dict[str, Any]) -> StageState:
         """The inverse of :meth:`to_dict`."""
         prediction = saved["prediction"]
-        probes = {name: _probe(saved[name]) for name in ("start_probe", "best_probe")}
+        probes = {name: Probe.from_dict(saved[name]) for name in ("start_probe", "best_probe")}
         return cls(**{**saved, **probes, "prediction": None if prediction is None else tuple(prediction)})
-
-
-def _probe(saved: dict[str, Any] | None) -> Probe | None:
-    return None if saved is None else Probe(saved["loss"], tuple(saved["batches"]), saved["share"])
 
 
 @dataclass(frozen=True)

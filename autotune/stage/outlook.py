@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from autotune.forecast._profile import Family
 from autotune.forecast.curve import CurveFit, fit_curve
 from autotune.forecast.trace import LossTrace
-from autotune.stage.machine import Probe, compare
+from autotune.stage.probe import Probe, compare
 
 #: Slopes beyond this come from a training curve that hardly moved; they would blow the interval up.
 _STEEPEST = 3.0

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.stage.machine import Probe, StageMachine, StageState
+from autotune.stage.machine import StageMachine, StageState
+from autotune.stage.probe import Probe
 
 #: So many things can be due before one update: a search, a forecast, a stage's end, and a search that it asks for.
 MOVES = 4

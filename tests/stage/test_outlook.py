@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.forecast.trace import LossTrace
-from autotune.stage.machine import Probe
 from autotune.stage.outlook import WANDER, look_ahead
+from autotune.stage.probe import Probe
 
 
 def traced(curve, steps, noise=0.0, seed=0):

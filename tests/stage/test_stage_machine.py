@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.stage.machine import Probe, StageMachine, StageState, compare
+from autotune.stage.machine import StageMachine, StageState
+from autotune.stage.probe import Probe, compare
 
 
 def probe(loss, spread=0.0):
