@@ -105,14 +105,21 @@ class Gradients:
 
 
 class OptimizerState:
-    """An optimizer's per-parameter state and its groups' settings (a group's parameters are not touched)."""
+    """An optimizer's per-parameter state and its groups' settings (a group's parameters are not touched).
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    Args:
+        optimizer: Whose.
+        hooks: Whether its hooks are put back too. What a trial registers has to go; what others have registered in a
+            run since then has to stay.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, hooks: bool = True) -> None:
         self._optimizer = optimizer
         self._state: list[tuple[Any, dict[str, Any], dict[str, Restore]]] = []
         self._groups: list[dict[str, Restore]] = []
         self._settings: list[dict[str, Any]] = []
-        self._attributes = Attributes([optimizer], skip=_OPTIMIZER_INTERNALS)
+        kept = frozenset() if hooks else {name for name in vars(optimizer) if name.endswith("_hooks")}
+        self._attributes = Attributes([optimizer], skip=_OPTIMIZER_INTERNALS | kept)
         self.copies = TensorCopies()
 
     def capture(self) -> None:

@@ -34,7 +34,7 @@ class WayBack:
 
     def __init__(self, module: nn.Module, optimizer: Any, saved: dict[str, Any] | None = None) -> None:
         self._optimizer = optimizer
-        self._weights, self._state = Weights(module), OptimizerState(optimizer)
+        self._weights, self._state = Weights(module), OptimizerState(optimizer, hooks=False)
         if saved is not None:
             self._groups: list[dict[str, Any]] = saved["groups"]
             self._weights.load_state_dict(saved["weights"])

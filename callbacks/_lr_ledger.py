@@ -46,7 +46,7 @@ class BestWeights:
     """
 
     def __init__(self, module: Any, optimizer: Any) -> None:
-        self._weights, self._optimizer, self._of = Weights(module), OptimizerState(optimizer), optimizer
+        self._weights, self._optimizer, self._of = Weights(module), OptimizerState(optimizer, hooks=False), optimizer
 
     def capture(self) -> None:
         """The present is the best so far."""

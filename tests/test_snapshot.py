@@ -205,6 +205,17 @@ class TestStateDicts:
                 got = restored[index][key]
                 assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
 
+    @pytest.mark.parametrize("hooks", [True, False])
+    def test_hooks_that_came_later_go_only_where_they_belong_to_what_is_put_back(self, hooks):
+        net, optimizer = made("adam", 1)
+        state, calls = OptimizerState(optimizer, hooks=hooks), []
+        state.capture()
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        state.restore()
+        train(net, optimizer, 1)
+        assert calls == ([] if hooks else ["before", "after"])
+
     def test_loading_copies_shares_nothing_with_the_present(self):
         net, _ = made("adam", 1)
         weights = Weights(net)

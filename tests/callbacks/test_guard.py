@@ -114,6 +114,29 @@ def test_with_the_rate_coming_down_one_bad_check_is_enough(tmp_path):
         assert evidence[0].startswith("worse: ")
 
 
+class Hooked(Callback):
+    """Counts updates at the optimizer, from a while into the run on."""
+
+    def __init__(self):
+        self.counted = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == UPDATES // 2:
+            trainer.optimizers[0].register_step_post_hook(self.count)
+
+    def count(self, *_):
+        self.counted += 1
+
+
+def test_what_others_have_hooked_onto_the_optimizer_since_the_best_stays(tmp_path):
+    callback, hooked = AutoLRS(), Hooked()
+    overfit(tmp_path, callback, 3, Regression, hooked)
+    assert any(
+        UPDATES // 2 < move.step < UPDATES and move.numbers["to_step"] < UPDATES // 2 for move in returns(callback)
+    )
+    assert hooked.counted == UPDATES - UPDATES // 2
+
+
 def test_at_the_end_one_bad_check_is_enough_though_the_rate_never_came_down(tmp_path):
     callback = AutoLRS()
     overfit(tmp_path, callback, 1, lambda: Scheduled(lambda update: 1.0))
