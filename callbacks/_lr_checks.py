@@ -63,17 +63,30 @@ class Checks:
 
     def make(self, *, last: bool = False) -> Probe:
         """A probe of the present weights, counted by the machine; the best weights so far are kept."""
-        run = self._run
+        run, validations = self._run, self._run.validations
         probe = run.trials.probe()
         run.costs.pay(self.cost)
-        best, level = run.state.best_probe, 0.0 if last else self._level()
+        # What a low rate leaves of a setback is for validations to see, where there are any.
+        level = 0.0 if last else 1.0 if validations.current else run.level
+        best = run.state.best_probe
         run.state = run.plan.machine.checked(run.state, probe, run.watch.recent(), run.step, level)
-        if run.state.best_probe is not best:
-            run.best.capture()
+        if validations.current:
+            # What validation likes best is no setback, whatever a probe makes of it.
+            run.state = replace(run.state, bad=0) if run.best.step == run.step else run.state
+        elif run.state.best_probe is not best:
+            run.best.capture(run.step)
         return probe
 
-    def _level(self) -> float:
-        """The share of its peak to which the rate has come down; what is low in the first half is still warming up."""
-        run, progress = self._run, self._run.plan.progress
-        decays = run.plan.horizon.known and progress > 0.5
-        return run.driver.level(run.plan.shape(progress)) if decays else 1.0
+    def after_return(self, best: Probe | None) -> tuple[Probe | None, float]:
+        """A probe of the best weights, which the run has gone back to, and what it has cost in steps.
+
+        Args:
+            best: The best probe.
+        """
+        if self._run.best.step == self._run.state.best_step:
+            return best, 0.0
+        # Validations chose the weights, of which no probe was made.
+        if not self.affordable():
+            return None, 0.0
+        self._run.costs.pay(self.cost)
+        return self._run.trials.probe(), self.cost

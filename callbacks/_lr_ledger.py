@@ -47,9 +47,12 @@ class BestWeights:
 
     def __init__(self, module: Any, optimizer: Any) -> None:
         self._weights, self._optimizer, self._of = Weights(module), OptimizerState(optimizer, hooks=False), optimizer
+        #: Real updates that had been made of them.
+        self.step = 0
 
-    def capture(self) -> None:
-        """The present is the best so far."""
+    def capture(self, step: int) -> None:
+        """The present, after ``step`` updates, is the best so far."""
+        self.step = step
         self._weights.capture()
         self._optimizer.capture()
 
@@ -61,9 +64,10 @@ class BestWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """As primitives and tensors; call only after :meth:`capture`."""
-        return {"weights": self._weights.state_dict(), "optimizer": self._optimizer.state_dict()}
+        return {"step": self.step, "weights": self._weights.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
+        self.step = saved["step"]
         self._weights.load_state_dict(saved["weights"])
         self._optimizer.load_state_dict(saved["optimizer"])

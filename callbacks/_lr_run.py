@@ -20,6 +20,8 @@ from autotune.callbacks._lr_ledger import BestWeights, Costs
 from autotune.callbacks._lr_plan import LRPlan
 from autotune.callbacks._lr_saved import SavedRun
 from autotune.callbacks._lr_search import LRSearches, SearchOutcome
+from autotune.callbacks._lr_validations import OwnValidations
+from autotune.callbacks._lr_verdicts import Verdicts
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.facts import inform
 from autotune.callbacks._trainer.horizon import exempt_from_time_limit
@@ -75,6 +77,8 @@ class LRRun:
         self.plan = LRPlan(settings, trainer)
         self._searches = LRSearches(settings, self)
         self.checks = Checks(self, self._searches.policy)
+        self.validations = OwnValidations(self)
+        self.verdicts = Verdicts(self)
         self.saved = SavedRun(self)
         if saved is not None:
             scale = self.saved.load_state_dict(saved)
@@ -91,14 +95,23 @@ class LRRun:
         """Steps that searching may still cost now."""
         return self.plan.budget.left(self.costs.spent, self.step, self.costs.first)
 
+    @property
+    def level(self) -> float:
+        """The share of its peak to which the rate has come down; what is low in the first half is still warming up."""
+        progress = self.plan.progress
+        decays = self.plan.horizon.known and progress > 0.5
+        return self.driver.level(self.plan.shape(progress)) if decays else 1.0
+
     # ------------------------------------------------------------------ moves
 
     def before_update(self) -> None:
         """Everything that is due before the next update; then its rate is set."""
         if not self._prepared:
             self._prepare()
+        self.validations.catch_up()
         progress = self.plan.progress
-        if self.watch.trouble or self.watch.broken or self.plan.machine.due(self.state, progress):
+        new = self.watch.trouble or self.watch.broken or self.validations.pending
+        if new or self.plan.machine.due(self.state, progress):
             with self.saved.as_one():
                 self._do_what_is_due(progress)
         self.climb.move(progress)
@@ -106,8 +119,9 @@ class LRRun:
         self.driver.apply(self.state.lr, self.plan.shape(progress))
 
     def _do_what_is_due(self, progress: float) -> None:
-        if self.watch.trouble:
-            self._recover(progress)
+        worse = self.validations.judge() if self.validations.pending else ""
+        if worse or self.watch.trouble:
+            self.verdicts.recover(progress, worse or self.watch.trouble)
         if self.watch.broken:
             inform(self.watch.broken)
             self.watch.broken = ""
@@ -126,21 +140,12 @@ class LRRun:
         if self.state.index and not self._prepared:
             # Resumed from a checkpoint after the last update: there was none left to make.
             self._prepare()
+        if self.state.index:
+            self.validations.catch_up()
         with self.saved.as_one():
-            self._judge_end()
+            self.verdicts.end()
         reason, numbers = words.finished(self.costs, self.state, self.step)
         self.record("finish", "end", reason, numbers={"lr": self.driver.last, **numbers})
-
-    def _judge_end(self) -> None:
-        if self.state.index and self.checks.affordable():
-            self.watch.read()
-            probe = self.checks.make(last=True)
-            self._judge(self.state, probe, (), cost=self.checks.cost)
-            if self.plan.machine.lost(self.state) or not math.isfinite(probe.loss):
-                before = self.state
-                self.state, verdict = self.plan.machine.failed(self.state, last=True)
-                if verdict == "roll_back":
-                    self._roll_back(before, f"the run ended at {probe.loss:.4g}, worse than its best")
 
     def epoch_started(self) -> None:
         """An epoch of a loader without a length has been counted: the end may be known now."""
@@ -174,11 +179,12 @@ class LRRun:
         self.checks.prepare()
 
     def _search(self, progress: float) -> None:
-        outcome = self._run_search(progress, self.state.request or "the first update is due")
+        outcome = self.search(progress, self.state.request or "the first update is due")
         if self.state.index == 0:
-            self._begin_stage(progress, *self.checks.begin(outcome.start))
+            self.begin_stage(progress, *self.checks.begin(outcome.start))
 
-    def _run_search(self, progress: float, why: str) -> SearchOutcome:
+    def search(self, progress: float, why: str) -> SearchOutcome:
+        """A search is made, paid and recorded; the rate is what it says."""
         outcome = self._searches.run(progress, why)
         self.costs.pay(outcome.cost, outcome.trial_steps, first=self.state.searches == 0)
         self.costs.seconds += outcome.seconds
@@ -191,11 +197,12 @@ class LRRun:
         self.climb.searched(before.lr, outcome.gain, progress, outcome.reach)
         return outcome
 
-    def _begin_stage(self, progress: float, probe: Probe | None, cost: float = 0.0) -> None:
+    def begin_stage(self, progress: float, probe: Probe | None, cost: float = 0.0, *, returned: bool = False) -> None:
         best = self.state.best_probe
         self.state = self.plan.machine.begun(self.state, progress, self.step, probe, self.watch.recent())
-        if self.state.best_probe is not best or self.state.index == 1:
-            self.best.capture()
+        better = self.state.best_probe is not best and not (returned or self.validations.current)
+        if better or self.state.index == 1:
+            self.best.capture(self.step)
         if math.isnan(self.state.first_train):
             self.state = replace(self.state, first_train=self.watch.first)
         self.watch.begin_stage()
@@ -224,52 +231,14 @@ class LRRun:
         action = "predict" if trusted else "refuse"
         self.record("forecast", action, reason, numbers=numbers | more, cost=self.checks.cost)
         if self.plan.machine.lost(self.state):
-            self._settle(progress, now, paid=True)
+            self.verdicts.settle(progress, now, paid=True)
 
     def _end_stage(self, progress: float) -> None:
         self.watch.read()
         if self.checks.affordable():
-            self._settle(progress, self.checks.make())
+            self.verdicts.settle(progress, self.checks.make())
         else:
-            self._begin_stage(progress, None)
-
-    def _settle(self, progress: float, probe: Probe, *, paid: bool = False) -> None:
-        """A stage is over: judge it, draw the consequences, begin the next; a forecast's probe is ``paid`` there."""
-        before = self.state
-        self.state, verdict, evidence = self.plan.machine.ended(self.state, probe)
-        self._judge(before, probe, evidence, cost=0.0 if paid else self.checks.cost)
-        if verdict == "roll_back":
-            self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")
-            probe = before.best_probe or probe
-        elif verdict == "decay":
-            self.record("plateau", "decay", evidence[0], numbers=words.rate(self.state, before))
-        elif verdict == "lower":
-            self.record("setback", "lower", evidence[0], numbers=words.rate(self.state, before))
-            self.climb.taken_back(before.lr, progress)
-        elif verdict == "search":
-            self._run_search(progress, "; ".join(evidence) or "a stage has ended")
-        self._begin_stage(progress, probe)
-
-    def _judge(self, state: StageState, probe: Probe, evidence: tuple[str, ...], *, cost: float) -> None:
-        reason, numbers = words.judged(state, self.step, probe, evidence)
-        self.record("stage", "end", reason, numbers=numbers, cost=cost)
-
-    def _recover(self, progress: float) -> None:
-        why, self.watch.trouble = self.watch.trouble, ""
-        before = self.state
-        self.state, verdict = self.plan.machine.failed(self.state)
-        if verdict == "roll_back":
-            self._roll_back(before, why)
-            self._begin_stage(progress, before.best_probe)
-        else:
-            self.record("rollback", "keep", f"{why}; going back does not help, so training goes on", numbers={})
-
-    def _roll_back(self, before: StageState, why: str) -> None:
-        self.best.restore()
-        self.climb.taken_back(before.lr, self.plan.progress)
-        numbers = words.rolled_back(self.state, before, self.step)
-        reason = f"{why}: back to the weights of step {before.best_step}, at a lower rate"
-        self.record("rollback", "roll_back", reason, numbers=numbers, cost=numbers["lost_steps"])
+            self.begin_stage(progress, None)
 
     def record(self, kind: str, action: str, reason: str, *, numbers: dict[str, Any], cost: float = 0.0) -> Decision:
         """Writes a decision everywhere."""
@@ -286,6 +255,7 @@ class LRRun:
         """The run's end has moved: the clock stands where the same work stands on the new scale."""
         self.state = self.plan.moved(self.state, scale)
         self.climb.clock_moved(self.plan.progress)
+        self.validations.clock_moved(scale)
         horizon = self.plan.horizon
         self._replan(f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew")
 

@@ -45,6 +45,7 @@ class SavedRun:
         return {
             "stage": run.state.to_dict(),
             "climb": run.climb.state_dict(),
+            "validations": run.validations.state_dict(),
             "costs": run.costs.state_dict(),
             "watch": run.watch.state_dict(),
             "plan": run.plan.state_dict(),
@@ -67,6 +68,7 @@ class SavedRun:
         run = self._run
         run.state, run.costs = StageState.from_dict(saved["stage"]), Costs(**saved["costs"])
         run.climb.load_state_dict(saved["climb"])
+        run.validations.load_state_dict(saved["validations"])
         run.watch.load_state_dict(saved["watch"])
         self.probe = saved["probe"]
         if run.state.index:

@@ -114,9 +114,9 @@ def judged(state: StageState, step: int, probe: Probe, evidence: tuple[str, ...]
     return reason, numbers
 
 
-def rolled_back(state: StageState, before: StageState, step: int) -> dict[str, Any]:
-    """The run goes back from ``step`` to where ``before`` was best."""
-    return {"to_step": before.best_step, "lost_steps": step - before.best_step, **rate(state, before)}
+def rolled_back(state: StageState, before: StageState, step: int, to_step: int) -> dict[str, Any]:
+    """The run goes back from ``step`` to the weights of ``to_step``."""
+    return {"to_step": to_step, "lost_steps": step - to_step, **rate(state, before)}
 
 
 def expected(outlook: Outlook, now: Probe) -> tuple[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -99,6 +99,7 @@ class ProbeSet:
         self._plan = plan
         self._validation = None if plan.training else validation_loader(trainer)
         self._sign = -1.0 if mode == "max" and not plan.training else 1.0
+        self._limits: list[float] = []
         self._parts = self._draw(plan.steps)
         #: The share of what the trainer validates on that one evaluation is of; 0 where it cannot be told.
         self._share = self._shown()
@@ -124,6 +125,25 @@ class ProbeSet:
         """How it was found; empty before the first evaluation."""
         return self._plan.why
 
+    def monitored(self, metrics: Mapping[str, Any]) -> Any:
+        """The monitored tensor of one element in what the trainer has logged; None where there is none.
+
+        Nor is there one where the training loss serves, or before the first probe.
+        """
+        value = None if self.monitor is None else metrics.get(self.monitor)
+        return None if value is None or value.numel() != 1 else value
+
+    def lower_is_better(self, value: Any) -> float:
+        """A monitored tensor as a loss."""
+        return self._sign * float(value)
+
+    def whole(self, loop: SideLoop) -> float | None:
+        """The monitored value on all that the trainer validates on; None as for :meth:`monitored`. Call as a probe."""
+        if self._validation is None or self.monitor is None:
+            return None
+        logged = loop.evaluate(self._validation, self._validation.flattened, self._limits)
+        return self._sign * logged[self.monitor][0] if self.monitor in logged else None
+
     def state_dict(self) -> dict[str, Any]:
         """The plan, as primitives."""
         return asdict(self._plan)
@@ -131,7 +151,7 @@ class ProbeSet:
     def _draw(self, steps: float) -> list[Batches]:
         if self._validation is not None:
             loaders = self._validation.flattened
-            limits = self._trainer.fit_loop.epoch_loop.val_loop._max_batches
+            limits = self._limits = list(self._trainer.fit_loop.epoch_loop.val_loop._max_batches)
             opened = [
                 second_batches(loader, self._seed + index, limit, self._plan.batch)
                 for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True))
@@ -176,13 +196,19 @@ class ProbeSet:
         """Evaluates the present weights. Call under a snapshot: buffers and metrics move.
 
         Raises:
-            MonitorError: The wanted name is not logged.
+            MonitorError: The wanted name is not logged, or no longer.
         """
         torch.manual_seed(self._seed)
         logged = loop.evaluate(self._validation, self._parts) if self._validation is not None else {}
         if not self._plan.resolved:
             self._resolve(self._ranks.common(list(logged)))
         if self.monitor is not None:
+            if self.monitor not in logged:
+                raise MonitorError(
+                    f"AutoLRS judges the run by {self.monitor!r}, which validation logged when training began and does "
+                    f"not log now (it logs {', '.join(sorted(logged)) or 'nothing'}): log it in every validation, or "
+                    "name another by AutoLRS(monitor=...)"
+                )
             value, batches = logged[self.monitor]
             return self._agreed(self._sign * value, [self._sign * item for item in batches])
         if self._validation is not None:

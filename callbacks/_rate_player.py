@@ -55,12 +55,12 @@ class RatePlayer:
     def play(self, step: int) -> tuple[Decision, ...]:
         """Remembers weights that will be gone back to, and goes back, as the log says; returns what was played."""
         events = tuple(d for d in self._schedule.events.get(step, ()) if d.kind not in ("batch", "finish"))
+        if step in self._schedule.returns:
+            self._best.capture(step)
+            self._begun = True
         for decision in events:
             if decision.kind == "rollback" and decision.action == "roll_back" and self._begun:
                 self._best.restore()
-            elif decision.kind in ("stage", "forecast") and step in self._schedule.returns:
-                self._best.capture()
-                self._begun = True
         return events
 
     def remove(self) -> None:

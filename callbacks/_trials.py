@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -110,6 +110,20 @@ class Trials:
         """The monitored name (None: the training loss) and how it was found; empty before the first probe."""
         probe = self.probe_set
         return [] if probe is None or not probe.why else [probe.monitor, probe.why]
+
+    def monitored(self, metrics: Mapping[str, Any]) -> Any:
+        """The monitored tensor of the trainer's own validation; see :meth:`ProbeSet.monitored`."""
+        return None if self.probe_set is None else self.probe_set.monitored(metrics)
+
+    def lower_is_better(self, value: Any) -> float | None:
+        """A monitored tensor as a loss; None for None."""
+        return None if self.probe_set is None or value is None else self.probe_set.lower_is_better(value)
+
+    def validate(self) -> float | None:
+        """The monitored value on all that the trainer validates on, without a trace; None where there is none."""
+        assert self.probe_set is not None
+        with self._sealed() as loop:
+            return self.probe_set.whole(loop)
 
     @property
     def probe_cost(self) -> float:

@@ -25,7 +25,7 @@ from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
 from autotune.stage.settings import LRSettings, Mode, Objective, Proposals, SearchWhen
 
-_STATE_VERSION = 5
+_STATE_VERSION = 6
 
 
 class AutoLRS(Callback):
@@ -36,8 +36,9 @@ class AutoLRS(Callback):
     and says which rate suits the whole run. Then the run trains with a short warm-up, at half a decade below that rate.
     For half of its known length the rate rises while the training loss gets better and falls while it gets worse
     (:mod:`autotune.stage.climb`); from there it decays linearly to zero. On a doubling clock the forecast is judged, a
-    stage that lost ground is undone, and the rate is searched again when there is a reason. Trials leave no trace, and
-    all they cost is inside ``search_budget``.
+    stage that lost ground is undone, and the rate is searched again when there is a reason. Where the trainer validates
+    often, its own validations say which weights were best (:mod:`autotune.stage.validations`). Trials leave no trace,
+    and all they cost is inside ``search_budget``.
 
     With a learning-rate scheduler of the user's, what is tuned is a multiplier on it. Under a schedule-free optimizer
     the rate is held, in trials too, and its average is what trials are judged by. In both cases, and while the run's
@@ -61,7 +62,7 @@ class AutoLRS(Callback):
     Raises:
         ConfigurationError: At construction, for an argument that cannot be served.
         UnsupportedSetupError: When a fit starts, for a setup that cannot be served.
-        MonitorError: Before the first update, for a ``monitor`` that validation does not log.
+        MonitorError: For a ``monitor`` that validation does not log before the first update, or no longer logs.
     """
 
     def __init__(
@@ -179,9 +180,17 @@ class AutoLRS(Callback):
             RunLog.of(trainer).scalars(self._run.scalars())
             show_on_bar(trainer, {"lr": self._lr})
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Remembers the monitored value of the validation before."""
+        if self._run is not None:
+            self._run.validations.began(trainer.callback_metrics)
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """With early stopping half out of patience, the stage ends now: a plateau calls for a lower rate."""
-        if self._run is not None and not trainer.sanity_checking and early_stopping_waits(trainer):
+        """Reads the monitored value. Half out of early stopping's patience the stage ends, lest a plateau go on."""
+        if self._run is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._run.validations.ended(trainer.callback_metrics)
+        if early_stopping_waits(trainer):
             self._run.plateau()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

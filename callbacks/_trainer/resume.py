@@ -153,6 +153,14 @@ class DataPosition:
         fetcher.fetched, fetcher.done = 0, False
 
 
+def validation_due(trainer: Any) -> bool:
+    """Whether a checkpoint taken now lies between a batch and a validation after it: resuming passes over that."""
+    fit_loop = trainer.fit_loop
+    progress = fit_loop.epoch_loop.batch_progress.current
+    between = progress.ready == progress.processed > 0
+    return bool(between and fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher))
+
+
 def _passing_over_validation(trainer: Any, prepare: Callable[[], Callable[[], None]]) -> None:
     """Where Lightning passes over a validation on restarting, which draws: ``prepare`` before, its result after."""
     val_loop = trainer.fit_loop.epoch_loop.val_loop

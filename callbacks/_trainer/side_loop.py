@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from autotune.callbacks._trainer.bar import quiet_bars
-from autotune.callbacks._trainer.data import Batches
 from autotune.callbacks._trainer.namespaces import sibling
 from autotune.callbacks._trainer.rates import averaged
 
@@ -92,8 +91,15 @@ class SideLoop:
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return _calls(trainer)._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
-    def evaluate(self, combined: Any, batches: Sequence[Batches]) -> dict[str, tuple[float, list[float]]]:
-        """Runs the user's validation over ``batches`` (one list a validation loader).
+    def evaluate(
+        self, combined: Any, batches: Sequence[Any], limits: Sequence[float] | None = None
+    ) -> dict[str, tuple[float, list[float]]]:
+        """Runs the user's validation over ``batches``: one collection, or loader, a validation loader.
+
+        Args:
+            combined: The trainer's validation loader.
+            batches: What to evaluate on in the place of its loaders.
+            limits: How many of each at most; None for all.
 
         Returns:
             What ``validation_step`` and the epoch-end hooks logged, by name: the value over all batches, and
@@ -104,7 +110,7 @@ class SideLoop:
         probe._iterator = None
         probe.flattened = list(batches)
         loop._combined_loader = probe
-        loop._max_batches = [len(part) for part in batches]
+        loop._max_batches = [len(part) for part in batches] if limits is None else list(limits)
         loop._last_val_dl_reload_epoch = trainer.current_epoch
         connector = trainer._logger_connector
         first_loop_iter = connector._first_loop_iter

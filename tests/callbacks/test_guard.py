@@ -1,4 +1,4 @@
-"""Runs whose validation loss gets worse for good: where they go back to, when, and what is left of it in a replay."""
+"""Runs whose loss gets worse for good by their probes: where they go back to, when, and what is left in a replay."""
 
 from itertools import pairwise
 
@@ -61,14 +61,14 @@ class Scheduled(Regression):
 
 
 def overfit(folder, controller, seed=1, module=Regression, *more, **limits):
-    """So few examples are held out that a probe is of all of them."""
+    """So few examples are held out that a probe is of all of them; the trainer validates seldom or not at all."""
     L.seed_everything(seed, verbose=False)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(EXAMPLES + HELD_OUT, 6, generator=generator)
     y = x[:, :1] + torch.randn(len(x), 1, generator=generator)
     train, val = TensorDataset(x[:EXAMPLES], y[:EXAMPLES]), TensorDataset(x[EXAMPLES:], y[EXAMPLES:])
     module, past = module(), Past()
-    limits = limits or {"max_steps": UPDATES}
+    limits = {"check_val_every_n_epoch": UPDATES, **(limits or {"max_steps": UPDATES})}
     trainer(folder, controller, past, *more, logger=CSVLogger(folder, name="", version=""), **limits).fit(
         module, DataLoader(train, 8, shuffle=True), DataLoader(val, 8)
     )
@@ -137,9 +137,12 @@ def test_what_others_have_hooked_onto_the_optimizer_since_the_best_stays(tmp_pat
     assert hooked.counted == UPDATES - UPDATES // 2
 
 
-def test_at_the_end_one_bad_check_is_enough_though_the_rate_never_came_down(tmp_path):
+@pytest.mark.parametrize("every", [UPDATES, 25])
+def test_at_the_end_one_bad_check_is_enough_though_the_rate_never_came_down(tmp_path, every):
+    """Whether or not the trainer's own validation, too seldom to go by, comes with the last update."""
     callback = AutoLRS()
-    overfit(tmp_path, callback, 1, lambda: Scheduled(lambda update: 1.0))
+    limits = {"max_steps": UPDATES, "check_val_every_n_epoch": every}
+    overfit(tmp_path, callback, 1, lambda: Scheduled(lambda update: 1.0), **limits)
     (move,) = returns(callback)
     assert move.step == UPDATES
 
@@ -154,7 +157,8 @@ class Stop(Callback):
 def test_where_the_end_is_not_known_a_low_rate_may_still_rise_and_no_check_is_late(tmp_path):
     callback = AutoLRS()
     stoppers = (EarlyStopping("val_loss", patience=1000), Stop())
-    overfit(tmp_path, callback, 0, lambda: Scheduled(lambda update: 0.1), *stoppers, max_epochs=1000)
+    often = {"check_val_every_n_epoch": 1}
+    overfit(tmp_path, callback, 0, lambda: Scheduled(lambda update: 0.1), *stoppers, max_epochs=1000, **often)
     horizon = callback.decisions[0].numbers["horizon"]
     assert horizon["unit"] == "none"
     assert any(0.5 * horizon["updates"] < step < 700 for step, _ in checks(callback))

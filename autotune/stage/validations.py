@@ -1,0 +1,146 @@
+"""What the run's own validations say: which of its weights were best, and whether it has left them behind for good.
+
+A trainer that validates often, say after every epoch, tells more than any probe: on all that the run will be judged by,
+and at no cost to the search budget. While it does, its validations choose the weights that a rollback goes to, and
+where the rate has come down they say, in the place of probes, whether the run got worse. What a rate that is still high
+makes of the loss heals when the rate falls, so before that they undo nothing.
+
+=============  =================================================================  ===================
+symbol         meaning                                                            unit
+=============  =================================================================  ===================
+``loss``       the monitored value as the trainer logs it, lower is better        as the user's
+``progress``   share of the run that is done                                      1
+``level``      share of its peak to which the rate has come down; 0 at the end    1
+``scatter``    what neighbouring validations differ by, over the square root of   as ``loss``
+               two: a validation's noise, if nothing else moved the loss
+=============  =================================================================  ===================
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+_ROUNDING = 1e-9  # progress is a quotient
+
+
+@dataclass(frozen=True)
+class ValidationState:
+    """What evolves; primitives only.
+
+    Attributes:
+        first: Progress at the first validation; infinite before it.
+        last: Progress at the latest that counted.
+        best: The lowest loss since they serve.
+        best_step: Real updates there.
+        best_level: Share of its peak at which the rate was there.
+        recent: The latest losses, oldest first; after going back, those of the best weights and since.
+        resigned: Whether going back has not helped, and nothing better has come since.
+    """
+
+    first: float = math.inf
+    last: float = -math.inf
+    best: float = math.inf
+    best_step: int = 0
+    best_level: float = 1.0
+    recent: tuple[float, ...] = ()
+    resigned: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as a dictionary of primitives."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> ValidationState:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{**saved, "recent": tuple(saved["recent"])})
+
+    def rescaled(self, scale: float) -> ValidationState:
+        """On a clock on which the same work is ``scale`` times as much progress."""
+        return replace(self, first=self.first * scale, last=self.last * scale)
+
+
+@dataclass(frozen=True)
+class Validations:
+    """Configuration of the rule.
+
+    Attributes:
+        often: The first validation comes at this progress at the latest, or probes go on to do the work; they take it
+            up again where so much passes without one.
+        apart: One that comes sooner than this after another does not count. Neighbours a few updates apart are alike,
+            so that their scatter is no measure of noise, and the more looks the more often noise is taken for a loss.
+        settled: The rate has come down where it is at this share of its peak, as for a late check of the stage machine.
+        errors: A validation is worse than the best by more than so many times the standard error of a difference, made
+            of the scatter. The best of many is low by chance, so noise alone sends most runs back that have stopped
+            learning at a rate that is still felt; stricter rules see what is real too late, and lose on the whole.
+        least: Nor does a run go back for less than this share of the best loss, whatever the scatter.
+        kept: Losses of which the scatter is.
+    """
+
+    often: float = 0.125
+    apart: float = 0.025
+    settled: float = 0.5
+    errors: float = 2.0
+    least: float = 0.0025
+    kept: int = 6
+
+    def counts(self, state: ValidationState, progress: float) -> bool:
+        """Whether a validation that is made now is far enough from the one before."""
+        return progress >= state.last + self.apart - _ROUNDING
+
+    def seen(
+        self, state: ValidationState, loss: float, step: int, progress: float, level: float = 1.0
+    ) -> ValidationState:
+        """A validation has been made of the weights after ``step`` updates, at such a share of the rate's peak.
+
+        >>> rule, state = Validations(), ValidationState()
+        >>> for number, loss in enumerate((3.0, 1.0, 2.0), start=1):
+        ...     state = rule.seen(state, loss, 10 * number, 0.1 * number)
+        >>> state.best, state.best_step
+        (1.0, 20)
+        """
+        recent = (*state.recent, loss)[-self.kept :]
+        state = replace(state, first=min(state.first, progress), last=progress, recent=recent)
+        if not self.serve(state) or not loss < state.best:
+            return state
+        return replace(state, best=loss, best_step=step, best_level=level, resigned=False)
+
+    def serve(self, state: ValidationState) -> bool:
+        """Whether the first one came early enough."""
+        return state.first <= self.often + _ROUNDING
+
+    def current(self, state: ValidationState, progress: float) -> bool:
+        """Whether the run is judged by its validations now."""
+        return self.serve(state) and progress <= state.last + self.often + _ROUNDING
+
+    def lost(self, state: ValidationState, level: float) -> bool:
+        """Whether the latest validation says that the run is worse for good than it was.
+
+        Args:
+            state: After :meth:`seen`.
+            level: See the module.
+        """
+        if not self.serve(state) or not state.recent or not math.isfinite(state.best):
+            return False
+        # A rate that is higher than it was at the best, as on a cycle's way up, will come down again.
+        if level > min(self.settled, state.best_level) + _ROUNDING or (state.resigned and level > 0.0):
+            return False
+        loss = state.recent[-1]
+        noise = self.errors * math.sqrt(2.0) * scatter(state.recent)
+        return not math.isfinite(loss) or loss > state.best + max(noise, self.least * abs(state.best))
+
+    def went_back(self, state: ValidationState) -> ValidationState:
+        """The weights are the best ones again, and a validation of them would say the same again."""
+        return replace(state, recent=(state.best,))
+
+
+def scatter(losses: tuple[float, ...]) -> float:
+    """A validation's noise, from the differences between neighbours; 0 where there is none to take it from.
+
+    >>> scatter((1.0, 1.2, 1.0)), scatter((1.0,))
+    (0.1414213562373095, 0.0)
+    """
+    steps = [after - before for before, after in pairwise(losses) if math.isfinite(after - before)]
+    return math.sqrt(math.fsum(step * step for step in steps) / (2.0 * len(steps))) if steps else 0.0

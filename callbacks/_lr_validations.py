@@ -1,0 +1,129 @@
+"""The trainer's own validations in one fit: read for nothing, and followed where they come often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from autotune.callbacks._trainer.ranks import Agreement
+from autotune.callbacks._trainer.resume import validation_due
+from autotune.stage.validations import Validations, ValidationState
+
+if TYPE_CHECKING:
+    from autotune.callbacks._lr_run import LRRun
+
+
+class OwnValidations:
+    """Keeps what the trainer's validations say of a fit (:mod:`autotune.stage.validations`).
+
+    Args:
+        run: The fit.
+    """
+
+    def __init__(self, run: LRRun) -> None:
+        self._run = run
+        self._ranks = Agreement(run.trainer)
+        self._rule = Validations()
+        self._state = ValidationState()
+        self._before: Any = None
+        self._pending: tuple[int, float] | None = None
+        self._ended_at = -1
+        self._missed = False
+        # Where weights are averaged, validation may be of others than those that a rollback brings back.
+        self._read = run.plan.machine.guard and not run.plan.averages and not _averaging(run.trainer)
+
+    @property
+    def pending(self) -> bool:
+        """Whether one has been made that nothing has been made of yet."""
+        return self._pending is not None
+
+    @property
+    def current(self) -> bool:
+        """Whether the run is judged by them now, and not by probes."""
+        return self._rule.current(self._state, self._run.plan.progress)
+
+    def began(self, metrics: Mapping[str, Any]) -> None:
+        """The trainer begins to validate.
+
+        Args:
+            metrics: What it has for its callbacks, earlier validations' values among it.
+        """
+        self._before = self._run.trials.monitored(metrics)
+
+    def ended(self, metrics: Mapping[str, Any]) -> None:
+        """The trainer has validated, on every rank.
+
+        Args:
+            metrics: What it has for its callbacks now; nothing is made of it where the monitored name is not new.
+        """
+        if not self._read or self._missed:
+            return
+        self._ended_at = self._run.step
+        value = self._run.trials.monitored(metrics)
+        new, self._before = value is not self._before, None
+        self._take(self._run.trials.lower_is_better(value) if new else None)
+
+    def catch_up(self) -> None:
+        """Where the run was cut off between an update and the end of its validation, that is made up."""
+        if self._missed:
+            self._take(self._run.trials.validate())
+            self._missed = False
+
+    def _take(self, loss: float | None) -> None:
+        loss, missing = self._ranks.mean([0.0, 1.0] if loss is None else [loss, 0.0])
+        if not missing:
+            self._pending = (self._run.step, loss)
+
+    def judge(self, *, last: bool = False) -> str:
+        """Takes in the one that is pending; the weights are kept if they are the best.
+
+        Args:
+            last: Whether the run is over.
+
+        Returns:
+            Why the run has to go back; empty while all is well.
+        """
+        assert self._pending is not None
+        run, best, best_step = self._run, self._state.best, self._state.best_step
+        progress, level = run.plan.progress, 0.0 if last else run.level
+        (step, loss), self._pending = self._pending, None
+        # In the middle of an accumulation window it was of weights that are gone.
+        if step != run.step or not (last or self._rule.counts(self._state, progress)):
+            return ""
+        self._state = self._rule.seen(self._state, loss, step, progress, level)
+        if self._state.best < best:
+            run.best.capture(step)
+        if not self._rule.lost(self._state, level):
+            return ""
+        when = "at the end" if last else "with the rate coming down"
+        return f"validation says {loss:.4g} {when}, where it said {best:.4g} at step {best_step}"
+
+    def went_back(self) -> None:
+        """The weights are the best ones again."""
+        self._state = self._rule.went_back(self._state)
+
+    def resign(self) -> None:
+        """Going back does not help."""
+        self._state = replace(self._state, resigned=True)
+
+    def clock_moved(self, scale: float) -> None:
+        """The run's end has moved: the same work is ``scale`` times as much progress."""
+        self._state = self._state.rescaled(scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As primitives."""
+        due = self._read and self._ended_at != self._run.step and validation_due(self._run.trainer)
+        pending = None if self._pending is None else list(self._pending)
+        return {"state": self._state.to_dict(), "pending": pending, "missed": self._missed or due}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        pending = saved["pending"]
+        self._state = ValidationState.from_dict(saved["state"])
+        self._pending = None if pending is None else (int(pending[0]), float(pending[1]))
+        self._missed = saved["missed"]
+
+
+def _averaging(trainer: Any) -> bool:
+    return any(kind.__name__ == "WeightAveraging" for one in trainer.callbacks for kind in type(one).__mro__)
