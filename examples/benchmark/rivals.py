@@ -27,17 +27,19 @@ SHAPES = ("linear", "cosine", "hold")
 _CENTRES = {"Adam": -2.5, "AdamW": -2.5, "NAdam": -2.5, "RMSprop": -2.5, "Adagrad": -1.5, "SGD": -1.0}
 _SPECIAL = {"finetune": -1.5, "overfit": -2.5, "saturating": 0.0, "gpt_sgd": -0.5}
 CHECKS = 40  # validation checks that feedback schedulers get; they count a third of a step a batch
+VALIDATIONS = 30  # of the trainer's own in "autolrs_validated", evenly over the run; these are not counted
 
 
 @dataclasses.dataclass
 class Fit:
-    """What the runner trains. ``spent`` is paid already (steps); ``reserved`` may be spent while training."""
+    """What the runner trains. ``spent`` is paid already (steps); so many ``validations`` are the trainer's own."""
 
     task: Task
     updates: int
     callbacks: list[L.Callback] = dataclasses.field(default_factory=list)
     spent: float = 0.0
     controller: AutoLRS | None = None
+    validations: int = 0
 
 
 Method = Callable[[Workload, int], Fit]
@@ -196,23 +198,30 @@ def _schedule_free(task: Task, workload: Workload) -> Any:
     return AdamWScheduleFree(task.parameters(), warmup_steps=round(WARMUP * workload.steps))
 
 
-def autolrs(budget: float = 0.1, lr: float = 1e-3, **settings: Any) -> Method:
+def autolrs(budget: float = 0.1, lr: float = 1e-3, validations: int = 0, **settings: Any) -> Method:
     """AutoLRS with T updates in all: ``int(T / (1 + budget))`` real ones."""
 
     def build(workload: Workload, seed: int) -> Fit:
         controller = AutoLRS(search_budget=budget, **settings)
         updates = int(workload.steps / (1.0 + budget))
-        return Fit(workload.build(seed, lr), updates, [controller], controller=controller)
+        task = workload.build(seed, lr)
+        return Fit(task, updates, [controller], controller=controller, validations=validations)
 
     return build
 
 
-def bare_trainer(workload: Workload, updates: int, callbacks: list[L.Callback] | None = None) -> L.Trainer:
-    """A Trainer with nothing that costs time or prints."""
+def bare_trainer(
+    workload: Workload, updates: int, callbacks: list[L.Callback] | None = None, validations: int = 0
+) -> L.Trainer:
+    """A Trainer with nothing that costs time or prints, but so many validations."""
+    if validations:
+        when: dict[str, Any] = {"check_val_every_n_epoch": None, "val_check_interval": max(1, updates // validations)}
+    else:
+        when = {"check_val_every_n_epoch": 10**9}
     return L.Trainer(
         max_steps=updates, max_epochs=-1, accelerator="auto", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks or [], num_sanity_val_steps=0,
-        check_val_every_n_epoch=10**9, gradient_clip_val=workload.clip, default_root_dir=tempfile.mkdtemp(),
+        **when, gradient_clip_val=workload.clip, default_root_dir=tempfile.mkdtemp(),
     )  # fmt: skip
 
 
@@ -228,6 +237,7 @@ RIVALS: dict[str, Method] = {
 }
 POLICIES: dict[str, Method] = {
     "autolrs": autolrs(),
+    "autolrs_validated": autolrs(validations=VALIDATIONS),
     "autolrs_grid": autolrs(proposals="grid"),
     "autolrs_constant_lr": autolrs(objective="forecast"),
     "autolrs_no_climb": autolrs(climb=False),

@@ -106,7 +106,7 @@ def run_one(name: str, workload: Workload, seed: int) -> dict[str, Any]:
     fit = method(name, workload)(workload, seed)
     batches = list(workload.val_loader())
     recorder = Recorder(fit, batches)
-    trainer = bare_trainer(workload, fit.updates, [*fit.callbacks, recorder])
+    trainer = bare_trainer(workload, fit.updates, [*fit.callbacks, recorder], fit.validations)
     trainer.fit(fit.task, workload.train_loader(seed), workload.val_loader())
     loss = validation_loss(fit.task, batches, _inner(trainer))
     controller = fit.controller

@@ -125,7 +125,7 @@ def test_a_rollback_leaves_the_betas_with_the_batch():
     model = nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.3)
     best = BestWeights(model, optimizer)
-    best.capture()
+    best.capture(0)
     scale_group_betas(optimizer, 4.0)
     optimizer.param_groups[0]["weight_decay"] = 0.1
     best.restore()
