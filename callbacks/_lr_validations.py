@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from autotune.callbacks._trainer.facts import validates_averages
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.resume import validation_due
 from autotune.stage.validations import Validations, ValidationState
@@ -31,7 +32,7 @@ class OwnValidations:
         self._ended_at = -1
         self._missed = False
         # Where weights are averaged, validation may be of others than those that a rollback brings back.
-        self._read = run.plan.machine.guard and not run.plan.averages and not _averaging(run.trainer)
+        self._read = run.plan.machine.guard and not run.plan.averages and not validates_averages(run.trainer)
 
     @property
     def pending(self) -> bool:
@@ -123,7 +124,3 @@ class OwnValidations:
         self._state = ValidationState.from_dict(saved["state"])
         self._pending = None if pending is None else (int(pending[0]), float(pending[1]))
         self._missed = saved["missed"]
-
-
-def _averaging(trainer: Any) -> bool:
-    return any(kind.__name__ == "WeightAveraging" for one in trainer.callbacks for kind in type(one).__mro__)

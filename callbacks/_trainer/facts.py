@@ -89,6 +89,11 @@ def early_stopping_waits(trainer: Any) -> bool:
     return bool(trainer.early_stopping_callbacks) and Agreement(trainer).any(waits)
 
 
+def validates_averages(trainer: Any) -> bool:
+    """Whether a callback of Lightning's exchanges the weights for their average while the trainer validates."""
+    return any(kind.__name__ == "WeightAveraging" for one in trainer.callbacks for kind in type(one).__mro__)
+
+
 def versions() -> dict[str, str]:
     """The versions a run's figures depend on."""
     names = ("lightning-autotune", "torch", "lightning", "botorch", "gpytorch")
