@@ -32,10 +32,11 @@ class DataPosition:
     def __init__(self) -> None:
         self._opened: dict[str, Any] | None = None
         self._first: dict[str, Any] | None = None
+        self._validated: dict[str, Any] | None = None
         self._iterate_at_epoch_start = False
 
     def attach(self, trainer: Any) -> None:
-        """Remembers the generators each time the trainer asks for the training loader, just before its ``iter()``."""
+        """Remembers the generators just before each ``iter()``: of the training loader, and of the validation's."""
         source = trainer.fit_loop._data_source
         original = type(source).dataloader
 
@@ -45,10 +46,18 @@ class DataPosition:
             return loader
 
         source.dataloader = dataloader
+        val_loop = trainer.fit_loop.epoch_loop.val_loop
+
+        def reset() -> None:
+            self._validated = _capture(_generators(trainer))
+            type(val_loop).reset(val_loop)
+
+        val_loop.reset = reset
 
     def detach(self, trainer: Any) -> None:
         """Undoes :meth:`attach`."""
         vars(trainer.fit_loop._data_source).pop("dataloader", None)
+        vars(trainer.fit_loop.epoch_loop.val_loop).pop("reset", None)
 
     def epoch_start(self, trainer: Any) -> None:
         """An epoch begins: remembers the generators; after an epoch-end resume draws the order Lightning would not."""
@@ -77,7 +86,7 @@ class DataPosition:
         mine = {
             "opened": self._opened if inside else None,
             "first": self._first if inside else None,
-            "now": _capture(_generators(trainer)),
+            "now": self._validated if _inside_validation(trainer) else _capture(_generators(trainer)),
             "seeds": [sampler.seed for sampler in _distributed(trainer)],
         }
         # With an exception on its way the ranks may not all be here.
@@ -159,6 +168,12 @@ def validation_due(trainer: Any) -> bool:
     progress = fit_loop.epoch_loop.batch_progress.current
     between = progress.ready == progress.processed > 0
     return bool(between and fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher))
+
+
+def _inside_validation(trainer: Any) -> bool:
+    """Whether a checkpoint taken now lies in a step of a validation, with which resuming begins: its loader draws."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+    return bool(progress.ready == progress.started > progress.processed == progress.completed)
 
 
 def _passing_over_validation(trainer: Any, prepare: Callable[[], Callable[[], None]]) -> None:

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from autotune.decision import read_decisions
 from autotune.errors import StateError
@@ -152,6 +152,54 @@ class TestExactResume:
         assert_continues(once, whole, 13)
         twice = Run(tmp_path / "twice", seed=9, ckpt=saved(tmp_path / "once", "step=52"), max_epochs=4)
         assert_continues(twice, whole, 52)
+
+
+class Stopped(Tiny):
+    """Stops the run inside one of its validations: in a step of it, or before or after its steps."""
+
+    def __init__(self, moment, update):
+        L.seed_everything(4, verbose=False)
+        super().__init__("batchnorm", "dropout", "random")
+        self.moment, self.update = moment, update
+
+    def _stop(self, moment):
+        if (moment, self.trainer.global_step) == (self.moment, self.update):
+            raise ZeroDivisionError
+
+    def on_validation_start(self):
+        self._stop("start")
+
+    def on_validation_batch_start(self, batch, batch_idx):
+        self._stop(f"before {batch_idx}")
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self._stop(batch_idx)
+
+    def on_validation_end(self):
+        self._stop("end")
+
+
+class SaverOnException(Callback):
+    """Saves whatever state an exception leaves."""
+
+    def on_exception(self, trainer, pl_module, exception):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/stopped.ckpt")
+
+
+class TestStoppedInsideAValidation:
+    @pytest.mark.parametrize(
+        ("data", "moment", "update"),
+        [("global generator", moment, update) for moment in ("start", "before 1", 1, "end") for update in (45, 60)]
+        + [(data, 1, 45) for data in LOADERS if data != "global generator"],
+    )
+    def test_continues_bit_for_bit(self, tmp_path, data, moment, update):
+        settings = {"data": LOADERS[data], "max_steps": 90, "val_check_interval": 15}
+        whole = Run(tmp_path / "whole", module=Stopped(None, None), **settings)
+        with pytest.raises(ZeroDivisionError):
+            Run(tmp_path, module=Stopped(moment, update), callbacks=[SaverOnException()], **settings)
+        resumed = Run(tmp_path / "resumed", seed=77, ckpt=tmp_path / "stopped.ckpt", **settings)
+        assert_continues(resumed, whole, update)
 
 
 class TestCheckpointFile:
