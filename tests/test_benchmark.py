@@ -97,6 +97,22 @@ def test_the_readme_says_what_the_lines_outside_the_suite_say(benchmark, group, 
     assert f"median {statistics.median(ratios.values()):.3f}" in section
 
 
+@pytest.mark.parametrize(("group", "row"), [("seen", "the fourteen"), ("held-out", "the eight")])
+def test_the_readme_says_what_the_rivals_do_outside_the_suite(benchmark, group, row):
+    report, workloads = benchmark["report"], benchmark["suite"].SETS[group]
+    lines = benchmark["results"].load(BENCHMARK / "results", list(workloads.values()), f"{group}-cpu")
+    made = [line.strip("| ").split(" | ") for line in report.table(lines, [0, 1]).splitlines()]
+    mean = next(line for line in made if line[0] == "**geometric mean**")
+    better = made[-1]
+    means = {name: value.strip("*") for name, value in zip(made[0], mean, strict=False)}
+    pairs = dict(zip(made[0], better, strict=True))
+    names = ["prodigy", "dadapt", "schedule_free", "one_cycle", "plateau", "greedy", "constant", "forecast"]
+    section = TABLE.split("**The rivals on these")[1].split("\n\n")[1].splitlines()
+    at = next(index for index, line in enumerate(section) if line.startswith(f"| {row} |"))
+    assert section[at] == "| " + " | ".join([row, means["autolrs"], *(means[name] for name in names)]) + " |"
+    assert section[at + 1] == "| `AutoLRS` is better | | " + " | ".join(pairs[name] for name in names) + " |"
+
+
 def test_the_readme_says_what_the_growth_lines_say(benchmark):
     runs, suite = benchmark["growth_runs"].load(BENCHMARK / "results"), benchmark["suite"].SUITE
     made = benchmark["growth_table"].table(list(suite), GROWTH_SEEDS, runs).splitlines()[2:]
