@@ -81,6 +81,18 @@ def test_the_readme_counts_the_pairs_of_the_committed_lines(benchmark, committed
     assert said == [benchmark["report"]._beaten(committed, rival, [30, 31]) for rival in rivals]
 
 
+def test_the_readme_counts_the_pairs_of_validated_runs(benchmark, committed):
+    validated = {name: {**runs, "autolrs": runs["autolrs_validated"]} for name, runs in committed.items()}
+    section = " ".join(TABLE.split("**Validated as users validate.**")[1].split("\n\n")[0].split())
+    counts = {"prodigy": 36, "dadapt": 36, "one_cycle": 36, "plateau": 36, "constant": 36, "schedule_free": 34,
+              "forecast": 34, "greedy": 33}  # fmt: skip
+    for phrase in ("36 against Prodigy, D-Adapt, one-cycle, plateau and constant", "34 against schedule-free and as",
+                   "33 against greedy"):  # fmt: skip
+        assert phrase in section
+    for rival, won in counts.items():
+        assert benchmark["report"]._beaten(validated, rival, [30, 31]) == f"{won} of 36"
+
+
 @pytest.mark.parametrize(
     ("group", "begins"), [("held-out", "**Eight workloads on which"), ("seen", "**Fourteen that were")]
 )
