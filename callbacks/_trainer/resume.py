@@ -50,6 +50,9 @@ class DataPosition:
 
         def reset() -> None:
             self._validated = _capture(_generators(trainer))
+            if val_loop.restarted_mid_evaluation:
+                # Lightning counts the step in which it was stopped again, and would take it for stopped ever after.
+                val_loop.batch_progress.total.reset_on_restart()
             type(val_loop).reset(val_loop)
 
         val_loop.reset = reset
@@ -86,7 +89,7 @@ class DataPosition:
         mine = {
             "opened": self._opened if inside else None,
             "first": self._first if inside else None,
-            "now": self._validated if _inside_validation(trainer) else _capture(_generators(trainer)),
+            "now": (_inside_validation(trainer) and self._validated) or _capture(_generators(trainer)),
             "seeds": [sampler.seed for sampler in _distributed(trainer)],
         }
         # With an exception on its way the ranks may not all be here.
@@ -173,7 +176,7 @@ def validation_due(trainer: Any) -> bool:
 def _inside_validation(trainer: Any) -> bool:
     """Whether a checkpoint taken now lies in a step of a validation, with which resuming begins: its loader draws."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-    return bool(progress.ready == progress.started > progress.processed == progress.completed)
+    return trainer.validating and progress.ready == progress.started > progress.processed == progress.completed
 
 
 def _passing_over_validation(trainer: Any, prepare: Callable[[], Callable[[], None]]) -> None:

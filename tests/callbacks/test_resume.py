@@ -201,6 +201,17 @@ class TestStoppedInsideAValidation:
         resumed = Run(tmp_path / "resumed", seed=77, ckpt=tmp_path / "stopped.ckpt", **settings)
         assert_continues(resumed, whole, update)
 
+    @pytest.mark.parametrize("point", ["step=52", "end=60", "val=45", "val=60"])
+    def test_and_resumed_once_more_from_later_in_the_epoch(self, tmp_path, point):
+        settings = {"max_steps": 90, "val_check_interval": 15}
+        whole = Run(tmp_path / "whole", module=Stopped(None, None), **settings)
+        with pytest.raises(ZeroDivisionError):
+            Run(tmp_path, module=Stopped(1, 45), callbacks=[SaverOnException()], **settings)
+        once = saved_run(tmp_path / "once", seed=77, ckpt=tmp_path / "stopped.ckpt", **settings)
+        assert_continues(once, whole, 45)
+        twice = Run(tmp_path / "twice", seed=78, ckpt=saved(tmp_path / "once", point), **settings)
+        assert_continues(twice, whole, int(point.partition("=")[2]))
+
 
 class TestCheckpointFile:
     def test_holds_primitives_and_tensors_only(self, tmp_path):
