@@ -90,6 +90,7 @@ class AdaptiveBatchSize(Callback):
         self._meter = LoopMeter(loss_reduction=loss_reduction, extras=extras)
         self.decisions: list[Decision] = []
         self._saved: dict[str, Any] | None = None
+        self._fits = True
         self._reset()
 
     def _reset(self) -> None:
@@ -121,7 +122,8 @@ class AdaptiveBatchSize(Callback):
 
         The user's ``configure_optimizers`` comes next, and may ask for the loader's length.
         """
-        if stage == "fit":
+        self._fits, self._saved = stage == "fit", None
+        if self._fits:
             refuse_unsupported(trainer, self)
             self._reset()
             self._trainer = weakref.ref(trainer)
@@ -238,14 +240,15 @@ class AdaptiveBatchSize(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the fit starts: loaders and optimizer are not there yet.
+        """Kept until the fit starts: loaders and optimizer are not there yet. Where none starts it is not read.
 
         Raises:
             StateError: The state is another version's, or of other settings.
         """
-        if state_dict:
-            check_origin("AdaptiveBatchSize", _STATE_VERSION, self._stamped(), state_dict)
-        self._saved = state_dict or None
+        if not (state_dict and self._fits):
+            return
+        check_origin("AdaptiveBatchSize", _STATE_VERSION, self._stamped(), state_dict)
+        self._saved = state_dict
 
     def _stamped(self) -> dict[str, Any]:
         return {**asdict(self._settings), "loss_reduction": self._meter.loss_reduction}

@@ -86,6 +86,7 @@ class AutoLRS(Callback):
         )
         self._run: LRRun | None = None
         self._saved: dict[str, Any] | None = None
+        self._fits = True
         self._position = DataPosition()
         self._decisions: list[Decision] = []
         self._lr: float | None = None
@@ -130,7 +131,8 @@ class AutoLRS(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be served, and starts to watch the data's position."""
-        if stage == "fit":
+        self._fits, self._saved = stage == "fit", None
+        if self._fits:
             refuse_unsupported(trainer, self)
             self._run, self._position = None, DataPosition()
             self._position.attach(trainer)
@@ -245,12 +247,12 @@ class AutoLRS(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a saved state when training starts.
+        """Takes up a saved state when training starts; a checkpoint that is only evaluated says nothing to us.
 
         Raises:
             StateError: The state is another version's, or of other settings.
         """
-        if not state_dict:
+        if not (state_dict and self._fits):
             return
         check_origin("AutoLRS", _STATE_VERSION, self.settings.to_dict(), state_dict)
         self._saved = state_dict

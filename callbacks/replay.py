@@ -56,6 +56,7 @@ class ReplaySchedule(Callback):
         self._decisions: list[Decision] = []
         self._lr: float | None = None
         self._saved: dict[str, Any] | None = None
+        self._fits = True
 
     @property
     def schedule(self) -> Schedule:
@@ -76,7 +77,8 @@ class ReplaySchedule(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what cannot be served, and starts to watch the data's position."""
-        if stage != "fit":
+        self._fits, self._saved = stage == "fit", None
+        if not self._fits:
             return
         refuse_unsupported(trainer, self)
         self._refuse_controllers(trainer)
@@ -173,8 +175,9 @@ class ReplaySchedule(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a saved state when training starts."""
-        self._saved = state_dict or None
+        """Takes up a saved state when training starts; a checkpoint that is only evaluated says nothing to us."""
+        if state_dict and self._fits:
+            self._saved = state_dict
 
     # ------------------------------------------------------------------ pieces
 
