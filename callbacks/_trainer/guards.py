@@ -100,6 +100,11 @@ _CHECKS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
         "GradientAccumulationScheduler changes the size of an update while its learning rate is being judged; set "
         "Trainer(accumulate_grad_batches=k) instead",
     ),
+    "finetuning": (
+        lambda trainer, controller: hasattr(controller, "lr") and bool(_others(trainer, "BaseFinetuning")),
+        "BaseFinetuning callbacks (BackboneFinetuning) add parameter groups while the rate is searched, and set their "
+        "rates; make all groups in configure_optimizers and remove it (requires_grad=False keeps a part frozen)",
+    ),
     "iterator": (
         _dataloader_iter,
         "training_step(dataloader_iter) fetches its own batches, so a trial cannot repeat them; take a batch instead",

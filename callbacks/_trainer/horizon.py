@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotune.batch.sampler import ResizableBatchSampler
+from autotune.callbacks._trainer.namespaces import sibling
 from autotune.callbacks._trainer.ranks import Agreement
 
 #: What Lightning puts in for a ``max_epochs`` that nobody set.
@@ -109,7 +110,8 @@ def _epoch_examples(trainer: Any) -> int:
 
 
 def _timer(trainer: Any) -> Any:
-    return next((callback for callback in trainer.callbacks if hasattr(callback, "time_elapsed")), None)
+    kind = sibling(trainer, "callbacks.timer").Timer
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 
 def _time_limit(trainer: Any) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autotune.errors import ConfigurationError
+from autotune.errors import ConfigurationError, UnsupportedSetupError
 
 
 def initial_rates(optimizer: Any) -> list[float]:
@@ -99,7 +99,9 @@ class RateDriver:
         built = initial_rates(optimizer)
         self.reference = built[0] if reference is None else reference
         self.ratios = ratios(built) if ratios_ is None else list(ratios_)
+        self._wanted: float | None = None
         self._scaled = ScaledSteps(optimizer) if scheduled else None
+        self._handle = optimizer.register_step_pre_hook(self._check)
 
     @property
     def scheduled(self) -> bool:
@@ -115,16 +117,40 @@ class RateDriver:
     def apply(self, peak: float, shape: float) -> None:
         """Makes the next update run at ``peak``, times ``shape`` or times what the scheduler makes of it."""
         if self._scaled is None:
-            set_rates(self._optimizer, [peak * shape * ratio for ratio in self.ratios])
+            self._set([peak * shape * ratio for ratio in self.ratios])
         else:
             self._scaled.multiplier = peak / self.reference
 
     def trial(self, rates: list[float] | None) -> None:
         """Makes the next steps run at exactly ``rates``, one a group; None ends that."""
         if self._scaled is not None:
+            self._grouped(len(self.ratios))
             self._scaled.override(rates)
         elif rates is not None:
-            set_rates(self._optimizer, rates)
+            self._set(rates)
+
+    def _set(self, rates: list[float]) -> None:
+        self._grouped(len(rates))
+        set_rates(self._optimizer, rates)
+        self._wanted = rates[0]
+
+    def _grouped(self, groups: int) -> None:
+        if len(_groups(self._optimizer)) != groups:
+            raise UnsupportedSetupError(
+                f"the optimizer has {len(_groups(self._optimizer))} parameter groups and had {groups} when training "
+                "started, so that there is no ratio for the new ones' rates; make all groups in configure_optimizers "
+                "(requires_grad=False keeps a part frozen)"
+            )
+
+    def _check(self, *_: Any) -> None:
+        # A rate that is a tensor lies on a device: to compare it would wait for that.
+        rate = _groups(self._optimizer)[0]["lr"]
+        if self._wanted is not None and not isinstance(rate, Tensor) and rate != self._wanted:
+            raise UnsupportedSetupError(
+                f"the step runs at a learning rate of {rate:.4g} where {self._wanted:.4g} was set: something between "
+                "writes param_groups' lr (the module's optimizer_step, or a callback), so that no trial tells rates "
+                "apart; remove it, or return it as a scheduler from configure_optimizers, whose rate is multiplied"
+            )
 
     @property
     def last(self) -> float:
@@ -135,6 +161,7 @@ class RateDriver:
 
     def remove(self) -> None:
         """Takes hooks off the optimizer."""
+        self._handle.remove()
         if self._scaled is not None:
             self._scaled.remove()
 
