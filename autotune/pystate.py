@@ -199,8 +199,8 @@ class Attributes:
     Args:
         objects: Whose ``__dict__`` to keep.
         skip: Attribute names that are somebody else's affair.
-        largest: Containers and tensors with more elements are left alone (a data set's own storage is not
-            state that a trial changes, and copying it would cost its size); None keeps everything.
+        largest: Containers and tensors with more elements, nested ones included, are left alone (a data set's own
+            storage is not state that a trial changes, and copying it would cost its size); None keeps everything.
     """
 
     def __init__(
@@ -236,14 +236,22 @@ class Attributes:
             return False
         if self._largest is None:
             return True
-        return _elements(value) <= self._largest
+        return not _exceeds(value, self._largest)
 
 
-def _elements(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel()
-    if isinstance(value, np.ndarray):
-        return int(value.size)
-    if isinstance(value, (list, dict, set, tuple, deque)):
-        return len(value)
-    return 1
+def _exceeds(value: Any, most: int) -> bool:
+    """Whether there are more than so many elements in a value, looking at no more of them than it takes to say."""
+    count, todo, seen = 0, [value], {id(value)}
+    while todo and count <= most:
+        item = todo.pop()
+        if isinstance(item, (Tensor, np.ndarray)):
+            count += item.numel() if isinstance(item, Tensor) else int(item.size)
+        elif isinstance(item, (list, dict, set, tuple, deque)):
+            if count + len(item) > most:
+                return True
+            inside = [one for one in (item.values() if isinstance(item, dict) else item) if id(one) not in seen]
+            seen.update(map(id, inside))
+            todo.extend(inside)
+        else:
+            count += 1
+    return count > most

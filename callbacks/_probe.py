@@ -177,7 +177,8 @@ class ProbeSet:
             count += size
             if len(taken) >= self._plan.batches:
                 break
-        return Batches(taken, count, share=share_of(len(taken), loader, limit, self._plan.batch))
+        share = share_of(len(taken), loader, limit, self._plan.batch)
+        return Batches(taken, count, loader=loader, share=share)
 
     def enlarge(self, steps: float) -> bool:
         """Draws more batches, of which one evaluation may cost ``steps`` optimizer steps; whether there are more.

@@ -17,8 +17,8 @@ from typing import Any
 from autotune.callbacks._probe import ProbePlan, ProbeSet
 from autotune.callbacks._trainer.accumulation import is_out_of_memory, release_memory
 from autotune.callbacks._trainer.bar import SearchBar
-from autotune.callbacks._trainer.data import Replay, data_state, second_loader
-from autotune.callbacks._trainer.facts import surroundings
+from autotune.callbacks._trainer.data import DataState, Replay, second_loader
+from autotune.callbacks._trainer.facts import surroundings, validation_loader
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
 from autotune.callbacks._trial import PlannedLeg, run_trial
@@ -87,13 +87,15 @@ class Trials:
 
     def _new_snapshot(self) -> Snapshot:
         trainer = self._trainer
-        extras = [data_state(trainer.fit_loop._combined_loader), Attributes(surroundings(trainer))]
+        extras = [DataState(trainer), Attributes(surroundings(trainer))]
         return Snapshot.of_training(self._module, trainer.optimizers[0], extras)
 
     def prepare_probe(self, settings: LRSettings, *, steps: float, saved: dict[str, Any] | None = None) -> None:
         """Chooses the probe batches, once a fit; those of a ``saved`` run again where it goes on."""
         if self.probe_set is None:
             plan = ProbePlan.of(self._trainer, steps) if saved is None else ProbePlan(**saved)
+            if not plan.training:
+                validation_loader(self._trainer)  # set up by now, so that its data sets are among what is put back
             with self._snapshot.rolled_back():
                 self.probe_set = ProbeSet(
                     self._trainer, plan=plan, monitor=settings.monitor, mode=settings.mode, seed=self._seed

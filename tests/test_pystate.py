@@ -155,13 +155,20 @@ class TestAttributes:
     def test_skipped_and_large_ones_are_left_alone(self):
         thing = self.Thing()
         thing.skipped, thing.storage, thing.small = 1, list(range(100)), [1]
+        thing.parts = {"train": [{"x": n, "y": n} for n in range(6)], "val": []}
+        thing.cycle = [1]
+        thing.cycle.append(thing.cycle)
         attributes = Attributes([thing], skip=frozenset({"skipped"}), largest=10)
         attributes.capture()
         thing.skipped = 2
         thing.storage.append(100)
         thing.small.append(2)
+        thing.parts["train"].append("seventh")
+        thing.cycle[0] = 2
         attributes.restore()
         assert thing.skipped == 2
+        assert len(thing.parts["train"]) == 7
+        assert thing.cycle[0] == 1
         assert len(thing.storage) == 101
         assert thing.small == [1]
 

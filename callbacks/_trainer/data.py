@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -32,7 +32,7 @@ from autotune.randomness import RandomState, random_state, set_random_state
 
 #: Batches a search keeps in memory; what goes beyond is read again for every candidate.
 CACHE_BYTES = 512 * 2**20
-#: Attributes of data sets and samplers with more elements are storage, not state that iteration changes.
+#: Attributes of datamodules, data sets and samplers with more elements are storage, not state that training changes.
 _STATE_ELEMENTS = 4096
 
 
@@ -63,15 +63,26 @@ def second_batches(loader: Any, seed: int, limit: float, largest_batch: int) -> 
     return islice(clone, math.ceil(limit * size / cut) if size and cut else int(limit))
 
 
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a batch, which may be nested lists, tuples, mappings, data classes or objects of any kind."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors(list(leaf.values()))
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type):
+            held = [one for one in vars(leaf).values() if isinstance(one, torch.Tensor | dict | list)]
+            yield from (one for one in tree_leaves(held) if isinstance(one, torch.Tensor))
+
+
 def bytes_in(batch: Any) -> int:
     """What the tensors of a batch take."""
-    return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
+    return sum(tensor.nbytes for tensor in _tensors(batch))
 
 
 def examples_in(batch: Any) -> int:
     """Examples in a batch: the leading dimension of its first tensor (1 where it holds none)."""
-    sizes = (leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim)
-    return int(next(sizes, 1))
+    return int(next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim), 1))
 
 
 def share_of(batches: int, loader: Any, limit: float, largest_batch: int) -> float:
@@ -168,6 +179,32 @@ def _refuse_shared_stream(dataset: Any) -> None:
             f"the IterableDataset {type(dataset).__name__} only hands out its iterator {shared[0]!r}, which "
             "cannot be read twice, so trials would consume the training data; return a new iterator from __iter__"
         )
+
+
+class DataState:
+    """What iterating the trainer's loaders may change on their data sets and samplers: counters and generators.
+
+    And what a step may change on the datamodule. The loaders are those of the moment of :meth:`capture`: a trainer may
+    reload them.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._kept: list[Attributes] = []
+
+    def capture(self) -> None:
+        """Remembers the state as it is now."""
+        fit_loop, datamodule = self._trainer.fit_loop, self._trainer.datamodule
+        self._kept = [data_state(fit_loop._combined_loader, fit_loop.epoch_loop.val_loop._combined_loader)]
+        if datamodule is not None:
+            self._kept.append(Attributes([datamodule], largest=_STATE_ELEMENTS))
+        for kept in self._kept:
+            kept.capture()
+
+    def restore(self) -> None:
+        """Puts back what the last :meth:`capture` remembered."""
+        for kept in self._kept:
+            kept.restore()
 
 
 def data_state(*combined: Any) -> Attributes:
@@ -281,13 +318,17 @@ class Batches:
     Args:
         batches: The batches.
         examples: How many examples they hold.
+        loader: Whose batches they are; a module's hooks may read its data set and batch size.
         share: Of what the loader shows; 0 where it cannot be told.
     """
 
-    def __init__(self, batches: list[Any], examples: int, *, share: float = 0.0) -> None:
+    def __init__(self, batches: list[Any], examples: int, *, loader: Any = None, share: float = 0.0) -> None:
         self._batches = batches
         self.examples = examples
         self.share = share
+        for name in ("dataset", "batch_size", "collate_fn"):
+            if hasattr(loader, name):
+                setattr(self, name, getattr(loader, name))
 
     def __len__(self) -> int:
         return len(self._batches)

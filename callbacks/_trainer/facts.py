@@ -64,8 +64,8 @@ def validation_loader(trainer: Any) -> Any:
 
 
 def surroundings(trainer: Any) -> list[Any]:
-    """Objects beside the module whose plain attributes a step may change: scaler, schedulers, datamodule."""
-    objects = [getattr(trainer.precision_plugin, "scaler", None), trainer.datamodule]
+    """Objects beside the module and its data whose plain attributes a step may change: scaler, schedulers."""
+    objects = [getattr(trainer.precision_plugin, "scaler", None)]
     objects += [config.scheduler for config in trainer.lr_scheduler_configs]
     return [item for item in objects if item is not None]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -156,8 +157,34 @@ def _calls(trainer: Any) -> Any:
     return sibling(trainer, "trainer.call")
 
 
-def _silent(trainer: Any) -> tuple[Any, Any]:
-    return sibling(trainer, "loggers.logger").DummyLogger, sibling(trainer, "profilers").PassThroughProfiler
+class _Aside:
+    """Where files go that hooks write into the log's directory meanwhile: made when asked for, and removed."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def path(self) -> str:
+        """The directory."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="autotune-trial-")
+        return self._folder.name
+
+    def remove(self) -> None:
+        """And all that is in it."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _silent_logger(trainer: Any, real: Any, aside: _Aside) -> Any:
+    """Logs nothing, and has the name and version of a real one and a directory."""
+
+    class Silent(sibling(trainer, "loggers.logger").DummyLogger):  # type: ignore[misc]
+        name = property(lambda self: real.name)
+        version = property(lambda self: real.version)
+        save_dir = log_dir = root_dir = property(lambda self: aside.path)
+
+    return Silent()
 
 
 def _scratch_loop(trainer: Any) -> Any:
@@ -215,15 +242,16 @@ def side_loop(trainer: Any, aside: Callable[[], AbstractContextManager[None]] = 
     """
     fit_loop = trainer.fit_loop
     real = _Parts(trainer)
-    dummy_logger, no_profiler = _silent(trainer)
+    folder = _Aside()
     trainer.save_checkpoint = _saves_training(trainer, real, aside)
     fit_loop.epoch_loop = _scratch_loop(trainer)
     trainer._logger_connector = type(trainer._logger_connector)(trainer)
-    trainer._loggers = [dummy_logger() for _ in trainer._loggers]
-    trainer.profiler = no_profiler()
+    trainer._loggers = [_silent_logger(trainer, logger, folder) for logger in trainer._loggers]
+    trainer.profiler = sibling(trainer, "profilers").PassThroughProfiler()
     trainer.training = True
     try:
         yield SideLoop(trainer, fit_loop.epoch_loop)
     finally:
         real.put_back()
         vars(trainer).pop("save_checkpoint", None)
+        folder.remove()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
+    Callback,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
@@ -54,12 +56,44 @@ def refused(folder, error, match, module=None, callbacks=(), callback=None, val=
     ("callback", "match"),
     [
         (lambda: LearningRateFinder(), "LearningRateFinder.*remove it"),
+        (lambda: BackboneFinetuning(), "BackboneFinetuning.*all groups in configure_optimizers"),
         (lambda: StochasticWeightAveraging(1e-2), "StochasticWeightAveraging.*remove it"),
         (lambda: GradientAccumulationScheduler({0: 2}), "Trainer\\(accumulate_grad_batches=k\\)"),
     ],
 )
 def test_callbacks_that_fight_over_the_same_knob(tmp_path, callback, match):
     refused(tmp_path, UnsupportedSetupError, f"AutoLRS: .*{match}", callbacks=[callback()])
+
+
+class Thaws(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            pl_module.head.requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": pl_module.head.parameters(), "lr": 1e-3})
+
+
+class Headless(Tiny):
+    def configure_optimizers(self):
+        self.head.requires_grad_(False)
+        return torch.optim.SGD(self.body.parameters(), lr=1e-3)
+
+
+def test_a_group_that_is_added_on_the_way(tmp_path):
+    runner = trainer(tmp_path, AutoLRS(), Thaws(), max_steps=120)
+    with pytest.raises(UnsupportedSetupError, match=r"2 parameter groups and had 1 .*configure_optimizers"):
+        runner.fit(Headless(), loader(batch=8), val_loader())
+
+
+class WritesRates(Tiny):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+def test_a_module_that_sets_the_rate_of_every_step(tmp_path):
+    refused(tmp_path, UnsupportedSetupError, r"at a learning rate of 0.5 where .* optimizer_step.*scheduler",
+            module=WritesRates())  # fmt: skip
 
 
 def test_a_second_controller(tmp_path):

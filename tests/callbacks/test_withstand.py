@@ -1,17 +1,22 @@
 """What a run may bring along: odd losses, odd data, other callbacks, short runs, interruptions."""
 
 import math
+import os
+from collections import UserDict
+from dataclasses import dataclass
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from autotune.callbacks import AutoLRS
+from autotune.callbacks import AdaptiveBatchSize, AutoLRS
 from autotune.decision import read_decisions
+from autotune.errors import StateError
 from tests.callbacks.harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
 
 pytestmark = pytest.mark.usefixtures("several_searches")
@@ -244,6 +249,127 @@ class TestData:
         assert searches(fit(tmp_path, train=train)[0])
 
 
+@dataclass
+class Pair:
+    """A batch as some collate functions make it: no tree of tensors to torch."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Unpacks(Tiny):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(_unpacked(batch), batch_idx)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        super().validation_step(_unpacked(batch), batch_idx)
+
+
+def _unpacked(batch):
+    return (batch.x, batch.y) if isinstance(batch, Pair) else (batch["x"], batch["y"])
+
+
+KINDS = {"data class": lambda x, y: Pair(x, y), "mapping": lambda x, y: UserDict(x=x, y=y)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_that_are_objects_cost_what_others_do(tmp_path, kind):
+    def collate(rows):
+        return KINDS[kind](*default_collate(rows))
+
+    costs = []
+    for folder, module, options in (("tuples", Tiny(), {}), ("objects", Unpacks(), {"collate_fn": collate})):
+        validation = DataLoader(examples(320, seed=1), 16, **options)
+        callback, *_ = fit(tmp_path / folder, module, loader(batch=8, **options), validation)
+        costs.append([(one.kind, one.cost_steps) for one in callback.decisions])
+    assert costs[0] == costs[1]
+
+
+class Remembers(Dataset):
+    """Examples with noise of the data set's own generator: whoever draws from it shows in what others get."""
+
+    def __init__(self):
+        self.rows, self.rng = examples(48, seed=1), np.random.default_rng(5)
+        self.shown = []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        x, y = self.rows[index]
+        return x + 0.1 * float(self.rng.standard_normal()), y
+
+
+class Shown(Callback):
+    """What the trainer's own validations were given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.seen.append(batch[0].clone())
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_validation_data_with_a_generator_of_its_own(tmp_path, sanity):
+    seen = []
+    for callbacks in ([], [controller(min_lr=1e-4, max_lr=3e-2)]):
+        shown = Shown()
+        runner = trainer(tmp_path, *callbacks, shown, max_epochs=2, num_sanity_val_steps=sanity)
+        runner.fit(Tiny(), loader(batch=8), DataLoader(Remembers(), 16))
+        seen.append(shown.seen)
+    assert len(seen[0]) == 6 + sanity
+    assert all(map(torch.equal, *seen))
+
+
+def test_a_data_module_with_a_large_store_is_not_copied(tmp_path):
+    class Untouched(list):
+        def __iter__(self):
+            raise AssertionError("somebody walks through the data")
+
+    class Data(L.LightningDataModule):
+        def __init__(self):
+            super().__init__()
+            self.samples, self.epochs = Untouched([0] * 100_000), [0]
+
+        def train_dataloader(self):
+            return loader(batch=8)
+
+        def val_dataloader(self):
+            return val_loader()
+
+    class Counts(Tiny):
+        def training_step(self, batch, batch_idx):
+            self.trainer.datamodule.epochs[0] += 1
+            return super().training_step(batch, batch_idx)
+
+    data = Data()
+    callback = controller()
+    trainer(tmp_path, callback, max_steps=60).fit(Counts(), datamodule=data)
+    assert callback.trial_steps
+    assert data.epochs == [60]
+
+
+class Writes(Tiny):
+    """Validation hooks that use what a trainer has: its log's directory, and the loaders."""
+
+    def on_validation_epoch_end(self):
+        count = len(self.trainer.val_dataloaders.dataset)
+        for folder in (self.trainer.log_dir, self.logger.log_dir):
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "validations.txt"), "a") as file:
+                file.write(f"{self.logger.name} {self.logger.version} {count}\n")
+
+
+@pytest.mark.parametrize("name", ["CSVLogger", "TensorBoardLogger"])
+def test_validation_hooks_that_write_into_the_log_directory(tmp_path, name):
+    logger = getattr(L.pytorch.loggers, name)(tmp_path, name="mine")
+    callback, *_ = fit(tmp_path, Writes(), logger=logger, max_epochs=2, num_sanity_val_steps=0)
+    assert searches(callback)
+    lines = (tmp_path / "mine" / "version_0" / "validations.txt").read_text().splitlines()
+    assert lines == ["mine 0 48"] * 4
+
+
 class TestShortRuns:
     @pytest.mark.parametrize("steps", [1, 2, 5])
     def test_shorter_than_a_search(self, tmp_path, steps):
@@ -268,8 +394,45 @@ class TestShortRuns:
             assert sum(one.kind == "setup" for one in callback.decisions) == 1
         assert read_decisions(tmp_path / "1") == callback.decisions
 
+    @pytest.mark.parametrize("make", [controller, AdaptiveBatchSize])
+    def test_and_does_so_after_a_checkpoint_was_evaluated(self, tmp_path, make):
+        """As in cross-validation: nothing of the first fold reaches the second."""
+        ends = []
+        for reused in (True, False):
+            callback = make()
+            for fold in range(2):
+                L.seed_everything(fold, verbose=False)
+                folder = tmp_path / f"{reused}{fold}"
+                saver = ModelCheckpoint(folder, save_last=True)
+                callback = callback if reused else make()
+                runner = trainer(folder, callback, saver, max_epochs=2, enable_checkpointing=True)
+                module = Tiny()
+                runner.fit(module, loader(batch=8), val_loader())
+                runner.validate(module, val_loader(), ckpt_path=str(folder / "last.ckpt"), verbose=False)
+            ends.append([module.state_dict(), [one.kind for one in callback.decisions]])
+        assert ends[0][1] == ends[1][1]
+        assert all(torch.equal(value, ends[1][0][key]) for key, value in ends[0][0].items())
+
+    def test_a_checkpoint_of_other_settings_may_be_evaluated(self, tmp_path):
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        fit(tmp_path, callback=AutoLRS(), callbacks=[saver], enable_checkpointing=True)
+        runner = trainer(tmp_path, AutoLRS(search_budget=0.2), AdaptiveBatchSize(eta=0.1), max_steps=80)
+        assert runner.validate(Tiny(), val_loader(), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
+        with pytest.raises(StateError, match="search_budget"):
+            runner.fit(Tiny(), loader(batch=8), val_loader(), ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+class Stopwatch(Callback):
+    """No timer of Lightning's, for all its attribute."""
+
+    def time_elapsed(self):
+        return 1.0
+
 
 class TestBeside:
+    def test_a_callback_that_measures_time(self, tmp_path):
+        assert searches(fit(tmp_path, callbacks=[Stopwatch()])[0])
+
     def test_early_stopping(self, tmp_path):
         stopper = EarlyStopping("val_loss", patience=2)
         callback, _, _ = fit(tmp_path, callbacks=[stopper], max_epochs=6, max_steps=-1)
