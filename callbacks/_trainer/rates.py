@@ -157,7 +157,8 @@ class RateDriver:
         """The first group's rate in the last update."""
         if self._scaled is not None and self._scaled.effective:
             return self._scaled.effective[0]
-        return current_rates(self._optimizer)[0]
+        # Not the group's, which a module may have written since.
+        return current_rates(self._optimizer)[0] if self._wanted is None else self._wanted
 
     def remove(self) -> None:
         """Takes hooks off the optimizer."""

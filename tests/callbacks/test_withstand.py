@@ -422,6 +422,21 @@ class TestShortRuns:
             runner.fit(Tiny(), loader(batch=8), val_loader(), ckpt_path=str(tmp_path / "last.ckpt"))
 
 
+class WritesAfterwards(Tiny):
+    """A warm-up by hand as it is often written: the rate of the next step, set after this one."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+
+
+def test_a_rate_that_is_written_after_the_step_is_not_taken_for_ours(tmp_path):
+    callback, _, witness = fit(tmp_path, WritesAfterwards())
+    assert callback.lr == witness.lrs[-1][0]
+    assert not [lrs for lrs in witness.lrs if 0.5 in lrs]
+
+
 class Stopwatch(Callback):
     """No timer of Lightning's, for all its attribute."""
 
