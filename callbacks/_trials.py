@@ -24,7 +24,7 @@ from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
 from autotune.callbacks._trial import PlannedLeg, run_trial
 from autotune.pystate import Attributes
 from autotune.search import Outcome, Recommendation
-from autotune.snapshot import Snapshot
+from autotune.snapshot import Part, Snapshot
 from autotune.stage.probe import Probe
 from autotune.stage.settings import LRSettings
 
@@ -87,7 +87,7 @@ class Trials:
 
     def _new_snapshot(self) -> Snapshot:
         trainer = self._trainer
-        extras = [DataState(trainer), Attributes(surroundings(trainer))]
+        extras: list[Part] = [DataState(trainer), Attributes(surroundings(trainer))]
         return Snapshot.of_training(self._module, trainer.optimizers[0], extras)
 
     def prepare_probe(self, settings: LRSettings, *, steps: float, saved: dict[str, Any] | None = None) -> None:

@@ -176,7 +176,8 @@ def validation_due(trainer: Any) -> bool:
 def _inside_validation(trainer: Any) -> bool:
     """Whether a checkpoint taken now lies in a step of a validation, with which resuming begins: its loader draws."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-    return trainer.validating and progress.ready == progress.started > progress.processed == progress.completed
+    inside_a_step = progress.ready == progress.started > progress.processed == progress.completed
+    return bool(trainer.validating and inside_a_step)
 
 
 def _passing_over_validation(trainer: Any, prepare: Callable[[], Callable[[], None]]) -> None:
