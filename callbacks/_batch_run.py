@@ -73,6 +73,9 @@ class BatchRun:
         ceiling = settings.max_batch_size
         if ceiling is None:
             ceiling = sampler.examples * ranks // UPDATES_AN_EPOCH
+        # No update is made of more than an epoch, and where the last batch is dropped none would be made at all.
+        first = tools.loader.first_size
+        ceiling = min(ceiling, sampler.examples // first * first * ranks)
         self._state: BatchState = self._controller.init(self._split.examples, ceiling)
         if saved is not None:
             self._go_on(trainer, module, saved)

@@ -61,6 +61,10 @@ class GradientNoiseMonitor(Callback):
             source, loss_reduction=loss_reduction, preconditioned=preconditioned, by_module=by_module
         )
         self._smoother = NoiseSmoother(decay, level)
+        self._fits = True
+        self._reset()
+
+    def _reset(self) -> None:
         self._state = self._smoother.init()
         self._modules: dict[str, NoiseState] = {}
         self._pending: Tensor | None = None
@@ -95,6 +99,12 @@ class GradientNoiseMonitor(Callback):
         """The eta at the edge of the norm test of the last measured update."""
         self._read()
         return self._norm_test
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A fit begins anew, or with a checkpoint's sums, which come after this."""
+        self._fits = stage == "fit"
+        if self._fits:
+            self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the parameters, and refuses a source that does not exist here."""
@@ -179,6 +189,8 @@ class GradientNoiseMonitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of :meth:`state_dict`; a checkpoint that is only evaluated says nothing to us."""
+        if not self._fits:
+            return
         self._state = NoiseState.from_state_dict(state_dict["noise"])
         self._modules = {name: NoiseState.from_state_dict(state) for name, state in state_dict["modules"].items()}

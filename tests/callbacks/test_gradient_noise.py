@@ -149,6 +149,25 @@ def test_measures_on_its_schedule_and_is_saved(tmp_path):
     assert fresh.estimate == monitor.estimate
 
 
+class Evaluated(Net):
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+def test_a_second_fit_begins_anew_and_an_evaluated_checkpoint_says_nothing(tmp_path):
+    torch.manual_seed(0)
+    monitor, fresh = (GradientNoiseMonitor(every_n_steps=3) for _ in range(2))
+    first, second = Evaluated(), Evaluated()
+    weights = {name: value.clone() for name, value in second.state_dict().items()}
+    fit(tmp_path, first, monitor).save_checkpoint(tmp_path / "first.ckpt")
+    trainer = fit(tmp_path, second, monitor)
+    second.load_state_dict(weights)
+    fit(tmp_path, second, fresh)
+    assert monitor.estimate == fresh.estimate
+    trainer.test(second, DataLoader(data(), 12), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    assert monitor.estimate == fresh.estimate
+
+
 def test_non_finite_gradients_are_left_out(tmp_path):
     class Bad(Net):
         def training_step(self, batch, batch_idx):
