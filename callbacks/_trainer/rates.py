@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
@@ -101,7 +101,9 @@ class RateDriver:
         self.ratios = ratios(built) if ratios_ is None else list(ratios_)
         self._wanted: float | None = None
         self._scaled = ScaledSteps(optimizer) if scheduled else None
-        self._handle = optimizer.register_step_pre_hook(self._check)
+        self._handle: Any = None
+        with suppress(AttributeError):  # a wrapper that is no torch optimizer in all respects is not watched
+            self._handle = optimizer.register_step_pre_hook(self._check)
 
     @property
     def scheduled(self) -> bool:
@@ -162,7 +164,8 @@ class RateDriver:
 
     def remove(self) -> None:
         """Takes hooks off the optimizer."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
         if self._scaled is not None:
             self._scaled.remove()
 
