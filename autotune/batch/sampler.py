@@ -179,6 +179,13 @@ class ResizableBatchSampler(BatchSampler):
             "schedule": [list(run) for run in self._schedule] if inside else [],
         }
 
+    def not_begun(self) -> dict[str, Any] | None:
+        """A loaded state of which no batch was handed out yet, to be loaded elsewhere; None without one."""
+        if self._emitted or not self._replay:
+            return None
+        schedule = [list(run) for run in self._replay]
+        return {"batch_size": self.batch_size, "limit_examples": self.limit_examples, "schedule": schedule}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next epoch begins with the sizes of the saved schedule, then goes on with the saved size.
 

@@ -97,7 +97,11 @@ class ResizableLoader:
             sampler.limit_examples, sampler.planned_updates = before.limit_examples, before.planned_updates
             # What Lightning has opened to count it is opened again when the epoch begins.
             sampler.end_epoch()
-            if before.batch_size != sampler.batch_size:
+            position = before.not_begun()
+            if position is not None:
+                # A resumed run's, which asked for its loader twice before it trains.
+                self._load(trainer, position)
+            elif before.batch_size != sampler.batch_size:
                 self.resize(trainer, before.batch_size)
             return
         batches = int(trainer.num_training_batches)
@@ -122,9 +126,12 @@ class ResizableLoader:
             return
         # Whoever restores the position opens the loader anew; until then its lengths are those of a whole epoch.
         self.sampler.end_epoch()
-        self.sampler.load_state_dict(saved["sampler"])
-        vars(self._loader)["batch_size"] = self.sampler.batch_size
         self._units, self._resized, self._due = saved["units"], saved["resized"], saved["due"]
+        self._load(trainer, saved["sampler"])
+
+    def _load(self, trainer: Any, position: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(position)
+        vars(self._loader)["batch_size"] = self.sampler.batch_size
         self.after_restore(trainer)
 
     def start(self, trainer: Any) -> None:

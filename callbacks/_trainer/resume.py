@@ -144,6 +144,9 @@ class DataPosition:
         _apply(before, generators)
 
         def open_again() -> None:
+            if trainer.reload_dataloaders_every_n_epochs == 1:
+                # The run that was not broken has set the epoch's loader up first, and Lightning opens it for that.
+                iter(trainer.fit_loop._data_fetcher)
             self._opened = _capture(generators)
             iter(trainer.fit_loop._data_fetcher)
             self._first = _capture(generators)

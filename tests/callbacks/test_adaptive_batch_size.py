@@ -312,6 +312,40 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, at, workers):
         assert torch.equal(a, b)
 
 
+class Planned(Deep):
+    """Its scheduler asks for the run's length, which sets the loader up before training does."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_resumed_run_whose_loader_is_set_up_twice_goes_on_bit_for_bit(tmp_path):
+    def run(model, ckpt=None, extra=()):
+        callback = AdaptiveBatchSize(max_batch_size=64, every_n_steps=2, rest_updates=5)
+        options = {**QUIET, "max_epochs": 6, "default_root_dir": tmp_path, "num_sanity_val_steps": 0}
+        trainer = L.Trainer(callbacks=[callback, *extra], reload_dataloaders_every_n_epochs=1, **options)
+        L.seed_everything(1 if ckpt is None else 9, verbose=False)
+        trainer.fit(model, loader(), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return callback
+
+    L.seed_everything(2, verbose=False)
+    whole = Planned()
+    savers = [Save(tmp_path / f"{at}.ckpt", at) for at in range(26, 100)]
+    reference = run(whole, extra=savers)
+    grown = next(one.effective_step for one in reference.decisions if one.action == "grow")
+    assert grown > 25
+    assert grown % 25
+    for at in (grown + 1, grown + 2):
+        resumed = Planned()
+        callback = run(resumed, tmp_path / f"{at}.ckpt")
+        assert resumed.losses == whole.losses[at:]
+        assert callback.decisions == reference.decisions
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([torch.ones(100)])

@@ -153,6 +153,15 @@ class TestExactResume:
         twice = Run(tmp_path / "twice", seed=9, ckpt=saved(tmp_path / "once", "step=52"), max_epochs=4)
         assert_continues(twice, whole, 52)
 
+    @pytest.mark.parametrize("data", ["global generator", "own generator"])
+    def test_with_loaders_that_are_set_up_every_epoch(self, tmp_path, data):
+        settings = {"data": LOADERS[data], "max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
+        saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=15, save_top_k=-1)
+        whole = Run(tmp_path / "whole", callbacks=[saver], **settings)
+        for update in (45, 60):
+            resumed = Run(tmp_path / str(update), seed=77, ckpt=saved(tmp_path, f"step={update}"), **settings)
+            assert_continues(resumed, whole, update)
+
 
 class Stopped(Tiny):
     """Stops the run inside one of its validations: in a step of it, or before or after its steps."""
