@@ -290,7 +290,6 @@ class Remembers(Dataset):
 
     def __init__(self):
         self.rows, self.rng = examples(48, seed=1), np.random.default_rng(5)
-        self.shown = []
 
     def __len__(self):
         return len(self.rows)
