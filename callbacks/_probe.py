@@ -10,15 +10,8 @@ from typing import Any
 
 import torch
 
-from autotune.callbacks._trainer.data import (
-    CACHE_BYTES,
-    Batches,
-    bytes_in,
-    examples_in,
-    second_batches,
-    second_loader,
-    share_of,
-)
+from autotune.callbacks._trainer.batches import CACHE_BYTES, Batches, bytes_in, examples_in
+from autotune.callbacks._trainer.data import second_batches, second_loader, share_of
 from autotune.callbacks._trainer.facts import validation_loader
 from autotune.callbacks._trainer.horizon import batch_examples
 from autotune.callbacks._trainer.ranks import Agreement

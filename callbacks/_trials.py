@@ -17,7 +17,8 @@ from typing import Any
 from autotune.callbacks._probe import ProbePlan, ProbeSet
 from autotune.callbacks._trainer.accumulation import is_out_of_memory, release_memory
 from autotune.callbacks._trainer.bar import SearchBar
-from autotune.callbacks._trainer.data import DataState, Replay, second_loader
+from autotune.callbacks._trainer.batches import Replay
+from autotune.callbacks._trainer.data import DataState, second_loader
 from autotune.callbacks._trainer.facts import surroundings, validation_loader
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop

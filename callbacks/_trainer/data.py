@@ -1,21 +1,19 @@
-"""Batches for trials and probes: a second iterator over the user's data that leaves the first alone.
+"""A second iterator over the user's data for trials and probes, that leaves the first alone.
 
-A trial must neither move the main loader nor draw from its generators, and every candidate of a search must see
-the same batches. So loaders are copied shallowly (same data set, collation and workers; own sampler and
-generator), what cannot be given an own sampler is put back by :func:`data_state`, and batches are kept in a
-bounded cache and handed out as copies (a ``training_step`` may write into its batch).
+A trial must neither move the main loader nor draw from its generators. So loaders are copied shallowly (same data set,
+collation and workers; own sampler and generator), and what cannot be given an own sampler is put back by
+:class:`DataState`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -28,10 +26,7 @@ from torch.utils.data import (
 from autotune.batch.sampler import ResizableBatchSampler
 from autotune.errors import UnsupportedSetupError
 from autotune.pystate import Attributes
-from autotune.randomness import RandomState, random_state, set_random_state
 
-#: Batches a search keeps in memory; what goes beyond is read again for every candidate.
-CACHE_BYTES = 512 * 2**20
 #: Attributes of datamodules, data sets and samplers with more elements are storage, not state that training changes.
 _STATE_ELEMENTS = 4096
 
@@ -61,28 +56,6 @@ def second_batches(loader: Any, seed: int, limit: float, largest_batch: int) -> 
         return iter(clone)
     size, cut = (getattr(getattr(one, "batch_sampler", None), "batch_size", None) for one in (loader, clone))
     return islice(clone, math.ceil(limit * size / cut) if size and cut else int(limit))
-
-
-def _tensors(batch: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a batch, which may be nested lists, tuples, mappings, data classes or objects of any kind."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from _tensors(list(leaf.values()))
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type):
-            held = [one for one in vars(leaf).values() if isinstance(one, torch.Tensor | dict | list)]
-            yield from (one for one in tree_leaves(held) if isinstance(one, torch.Tensor))
-
-
-def bytes_in(batch: Any) -> int:
-    """What the tensors of a batch take."""
-    return sum(tensor.nbytes for tensor in _tensors(batch))
-
-
-def examples_in(batch: Any) -> int:
-    """Examples in a batch: the leading dimension of its first tensor (1 where it holds none)."""
-    return int(next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim), 1))
 
 
 def share_of(batches: int, loader: Any, limit: float, largest_batch: int) -> float:
@@ -217,121 +190,3 @@ def data_state(*combined: Any) -> Attributes:
                 objects.append(item)
                 item = getattr(item, "dataset", None)
     return Attributes(objects, largest=_STATE_ELEMENTS)
-
-
-class Replay:
-    """The same batches again and again: read once, cached within a bound, handed out as copies.
-
-    Reading has its own random generators, so that a candidate that reads and one that is served from the
-    cache train under the same randomness.
-
-    Args:
-        open_stream: Makes a new iterator over batches, always in the same order.
-        repeatable: Whether two iterators give the same batches; if not, a full cache is gone through
-            again from its beginning.
-    """
-
-    def __init__(
-        self, open_stream: Callable[[], Iterator[Any]], *, repeatable: bool = True, cache: int = CACHE_BYTES
-    ) -> None:
-        self._open = open_stream
-        self._repeatable = repeatable
-        self._room = cache
-        self._cached: list[Any] = []
-        self._source: Iterator[Any] | None = None
-        self._random = random_state()
-        self._full = False
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from (copy.deepcopy(batch) for batch in list(self._cached))
-        position = len(self._cached)
-        if self._full and self._repeatable:
-            yield from self._read_again(position)
-            return
-        while True:
-            if position < len(self._cached):
-                batch = self._cached[position]
-            elif self._full:
-                batch = self._cached[position % len(self._cached)]
-            else:
-                batch = self._read()
-                if self._full and self._repeatable and position >= len(self._cached):
-                    yield batch
-                    yield from self._read_again(position + 1)
-                    return
-            position += 1
-            yield copy.deepcopy(batch)
-
-    def _read(self) -> Any:
-        with self._own_randomness():
-            if self._source is None:
-                self._source = self._endless()
-            batch = next(self._source)
-        self._room -= bytes_in(batch)
-        if self._room >= 0 or not self._cached:
-            self._cached.append(batch)
-        self._full = self._room < 0
-        return batch
-
-    def _read_again(self, position: int) -> Iterator[Any]:
-        source, start = self._endless(), 0
-        while True:
-            with self._own_randomness():
-                for _ in range(position - start):
-                    next(source)
-                batch = next(source)
-            start = position = position + 1
-            yield batch
-
-    def _endless(self) -> Iterator[Any]:
-        while True:
-            empty = True
-            for batch in self._open():
-                empty = False
-                yield batch
-            if empty:
-                raise UnsupportedSetupError("the training loader yields no batch: there is nothing to try")
-
-    def _own_randomness(self) -> _Swapped:
-        return _Swapped(self)
-
-
-class _Swapped:
-    """Runs a block under the replay's own generators."""
-
-    def __init__(self, replay: Replay) -> None:
-        self._replay = replay
-        self._outside = RandomState()
-
-    def __enter__(self) -> None:
-        self._outside.capture()
-        set_random_state(self._replay._random)
-
-    def __exit__(self, *_: object) -> None:
-        self._replay._random = random_state()
-        self._outside.restore()
-
-
-class Batches:
-    """A fixed list of batches with a length, handed out as copies: what a probe evaluates on.
-
-    Args:
-        batches: The batches.
-        examples: How many examples they hold.
-        loader: Whose batches they are; a module's hooks may read its data set and batch size.
-        share: Of what the loader shows; 0 where it cannot be told.
-    """
-
-    def __init__(self, batches: list[Any], examples: int, *, loader: Any = None, share: float = 0.0) -> None:
-        self._batches = batches
-        self.examples = examples
-        self.share = share
-        for name in ("dataset", "batch_size", "collate_fn"):
-            if hasattr(loader, name):
-                setattr(self, name, getattr(loader, name))
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (copy.deepcopy(batch) for batch in self._batches)

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from autotune.callbacks._trainer.accumulation import current_piece
-from autotune.callbacks._trainer.data import examples_in
+from autotune.callbacks._trainer.batches import examples_in
 from autotune.callbacks._trainer.facts import warn, window_end, window_start
 from autotune.errors import ConfigurationError, UnsupportedSetupError
 from autotune.noise import layers
