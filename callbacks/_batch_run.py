@@ -58,6 +58,7 @@ class BatchRun:
         decisions: list[Decision],
     ) -> None:
         self.settings, self.tools, self.decisions = settings, tools, decisions
+        self.log = RunLog.of(trainer)
         self._controller = settings.controller()
         self._smoother = NoiseSmoother()
         self._noise: NoiseState = self._smoother.init()
@@ -169,7 +170,7 @@ class BatchRun:
             "noise_scale_low": estimate.low,
             "noise_scale_high": estimate.high,
         }
-        RunLog.of(trainer).scalars({**values, "batch_size": self._state.batch})
+        self.log.scalars({**values, "batch_size": self._state.batch})
         if self._next is not None or self._watch.active:
             return
         target = self._controller.step(self._state, record, estimate, trainer.global_step, self._decay(trainer))
@@ -266,7 +267,7 @@ class BatchRun:
     ) -> None:
         decision = Decision(kind, action, reason, trainer.global_step, effective, numbers)
         self.decisions.append(decision)
-        RunLog.of(trainer).write(decision)
+        self.log.write(decision)
         inform(reason)
 
     # ------------------------------------------------------------------ checkpoints

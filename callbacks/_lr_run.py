@@ -62,7 +62,7 @@ class LRRun:
         self.state = StageState()
         self.climb = HeldRate(self)
         self.costs = Costs()
-        self._log = RunLog.of(trainer)
+        self.log = RunLog.of(trainer)
         self.optimizer = optimizer = trainer.optimizers[0]
         built = {} if saved is None else {"ratios_": saved["ratios"], "reference": saved["reference"]}
         self.driver = RateDriver(optimizer, scheduled=bool(trainer.lr_scheduler_configs), **built)
@@ -244,7 +244,7 @@ class LRRun:
         """Writes a decision everywhere."""
         decision = Decision(kind, action, reason, self.step, numbers=numbers, cost_steps=float(cost))
         self.decisions.append(decision)
-        self._log.write(decision)
+        self.log.write(decision)
         return decision
 
     def scalars(self) -> dict[str, float]:

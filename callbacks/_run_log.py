@@ -19,12 +19,13 @@ class RunLog:
     """The run's decision log: ``decisions.jsonl``, the trainer's loggers, and who subscribes.
 
     Every controller of a trainer asks for the same object by :meth:`of`; :meth:`end` lets the trainer's next
-    fit begin another. Only rank zero writes.
+    fit begin another. Only rank zero writes. A checkpoint holds each controller's own decisions with their places
+    in the log (:meth:`saved`), so that the log of a resumed run tells one story in one order.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = weakref.proxy(trainer)
-        self._history: list[Decision] = []
+        self._places: list[tuple[int, Decision]] = []
         self._log: DecisionLog | None = None
         self._subscribers: list[Callable[[Decision], None]] = []
         self._warned = False
@@ -42,9 +43,20 @@ class RunLog:
         """Forgets the log: the next fit of this trainer starts another."""
         _RUNS.pop(trainer, None)
 
-    def restore(self, decisions: Iterable[Decision]) -> None:
-        """Adds a resumed controller's earlier decisions; call before :meth:`open`."""
-        self._history = sorted([*self._history, *decisions], key=lambda decision: decision.step)
+    def restore(self, records: Iterable[Mapping[str, Any]]) -> list[Decision]:
+        """Adds what :meth:`saved` said of a controller of the run that goes on here; call before :meth:`open`.
+
+        Returns:
+            The controller's decisions.
+        """
+        restored = [(int(record["place"]), Decision.from_dict(record)) for record in records]
+        self._places = sorted([*self._places, *restored], key=lambda placed: placed[0])
+        return [decision for _, decision in restored]
+
+    def saved(self, decisions: Iterable[Decision]) -> list[dict[str, Any]]:
+        """One controller's decisions as primitives, each with its place among those of all controllers."""
+        places = {id(decision): place for place, decision in self._places}
+        return [{**decision.to_dict(), "place": places[id(decision)]} for decision in decisions]
 
     def open(self) -> Path | None:
         """Creates the file with the earlier decisions in it; None on ranks that do not write.
@@ -58,7 +70,8 @@ class RunLog:
             directory = Path(self._trainer.log_dir or self._trainer.default_root_dir)
             if not self._trainer.is_global_zero or getattr(self._trainer, "fast_dev_run", False):
                 return None
-            self._log = DecisionLog(directory / "decisions.jsonl", self._history)
+            history = [decision for _, decision in self._places]
+            self._log = DecisionLog(directory / "decisions.jsonl", history)
             self._complain()
         return self.path
 
@@ -73,6 +86,7 @@ class RunLog:
 
     def write(self, decision: Decision) -> None:
         """Records one decision everywhere."""
+        self._places.append((self._places[-1][0] + 1 if self._places else 0, decision))
         if not self._trainer.is_global_zero:
             return
         if self._log is not None:

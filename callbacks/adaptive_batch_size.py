@@ -27,7 +27,7 @@ from autotune.decision import Decision
 from autotune.errors import ConfigurationError
 from autotune.noise.microbatch import Extras
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class AdaptiveBatchSize(Callback):
@@ -136,9 +136,8 @@ class AdaptiveBatchSize(Callback):
         refuse_optimizers(trainer, self)
         refuse_betas(self._settings.lr_scaling, trainer.optimizers[0])
         saved = self._saved
-        self.decisions = [] if saved is None else [Decision.from_dict(record) for record in saved["decisions"]]
         # All controllers hand their history over before the first of them opens the file.
-        RunLog.of(trainer).restore(self.decisions)
+        self.decisions = [] if saved is None else RunLog.of(trainer).restore(saved["decisions"])
         self._loader.resume(trainer, None if saved is None else saved["loader"])
         self._windows.attach(trainer)
         self._meter.start(trainer, pl_module)
@@ -236,7 +235,7 @@ class AdaptiveBatchSize(Callback):
             "accumulate": int(trainer.accumulate_grad_batches),
             "loader": self._loader.state_dict(trainer),
             "position": self._position.state_dict(trainer) if self._owns_position(trainer) else None,
-            "decisions": [decision.to_dict() for decision in self.decisions],
+            "decisions": self._run.log.saved(self.decisions),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
 from autotune.stage.settings import LRSettings, Mode, Objective, Proposals, SearchWhen
 
-_STATE_VERSION = 6
+_STATE_VERSION = 7
 
 
 class AutoLRS(Callback):
@@ -138,21 +138,21 @@ class AutoLRS(Callback):
             self._position.attach(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Looks at the optimizer."""
+        """Looks at the optimizer. The state to resume is known."""
         refuse_optimizers(trainer, self)
+        # All controllers hand their history over before the first of them opens the file.
+        saved = self._saved
+        self._decisions = [] if saved is None else RunLog.of(trainer).restore(saved["decisions"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Plans the run, or takes up a resumed one."""
         refuse_one_shot(trainer.fit_loop._combined_loader)
         saved, self._saved = self._saved, None
-        log = RunLog.of(trainer)
         if saved is not None:
-            self._decisions = [Decision.from_dict(record) for record in saved["decisions"]]
-            log.restore(self._decisions)
             self._position.restore(trainer, saved["position"])
         else:
-            self._decisions, self._lr, self._trial_steps = [], None, 0
-        path = log.open()
+            self._lr, self._trial_steps = None, 0
+        path = RunLog.of(trainer).open()
         self._run = LRRun(self.settings, trainer, pl_module, None if saved is None else saved["run"], self._decisions)
         if saved is None:
             self._run.record("setup", "begin", self._run.plan.describe(), numbers=self._opening(trainer))
@@ -240,7 +240,7 @@ class AutoLRS(Callback):
             return {}
         return {
             **stamp(_STATE_VERSION, self.settings.to_dict()),
-            "decisions": [decision.to_dict() for decision in self._run.saved.decisions],
+            "decisions": self._run.log.saved(self._run.saved.decisions),
             "run": self._run.saved.state_dict(),
             "lr": self._lr,
             "position": self._position.state_dict(self._run.trainer),

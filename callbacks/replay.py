@@ -53,6 +53,7 @@ class ReplaySchedule(Callback):
         self._batches: BatchPlayer | None = None
         self._position: DataPosition | None = None
         self._trainer: Any = None
+        self._log: RunLog  # of the fit, from its start on
         self._decisions: list[Decision] = []
         self._lr: float | None = None
         self._saved: dict[str, Any] | None = None
@@ -93,27 +94,27 @@ class ReplaySchedule(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """The state to resume is known, the loaders are not set up yet."""
         refuse_optimizers(trainer, self)
+        saved, self._log = self._saved, RunLog.of(trainer)
+        self._decisions = [] if saved is None else self._log.restore(saved["decisions"])
         if self._batches is not None:
-            self._batches.resume(trainer, None if self._saved is None else self._saved["batches"])
+            self._batches.resume(trainer, None if saved is None else saved["batches"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Looks at the optimizer and opens the log."""
         self._refuse_other_scheduling(trainer)
         self._rates = rates = RatePlayer(self._schedule, trainer, pl_module)
-        self._decisions, self._lr = [], None
+        self._lr = None
         saved, self._saved = self._saved, None
         if self._batches is not None:
             self._batches.start(trainer, pl_module, None if saved is None else saved["batches"])
         self._compare_length(trainer)
         if saved is not None:
-            self._decisions = [Decision.from_dict(record) for record in saved["decisions"]]
-            RunLog.of(trainer).restore(self._decisions)
             rates.load_state_dict(saved["rates"])
             if self._position is not None and saved["position"] is not None:
                 self._position.restore(trainer, saved["position"])
             if self._batches is not None:
                 self._batches.loader.after_restore(trainer)
-        RunLog.of(trainer).open()
+        self._log.open()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Lengths follow the batch; remembers where the epoch's order comes from."""
@@ -133,7 +134,7 @@ class ReplaySchedule(Callback):
         if self._rates is not None and window_end(trainer):
             self._lr = self._rates.last
             if logs_now(trainer):
-                RunLog.of(trainer).scalars({"lr": self._lr, **self._batch_in_use()})
+                self._log.scalars({"lr": self._lr, **self._batch_in_use()})
         if self._batches is not None:
             self._batches.batch_end(trainer, pl_module, batch_idx)
 
@@ -168,7 +169,7 @@ class ReplaySchedule(Callback):
             return {}
         trainer, position, batches = self._trainer, self._position, self._batches
         return {
-            "decisions": [decision.to_dict() for decision in self._decisions],
+            "decisions": self._log.saved(self._decisions),
             "rates": self._rates.state_dict(),
             "position": None if position is None else position.state_dict(trainer),
             "batches": None if batches is None else batches.state_dict(trainer),
@@ -189,7 +190,7 @@ class ReplaySchedule(Callback):
         cost = decision.cost_steps if decision.kind == "rollback" else 0.0
         played = replace(decision, numbers=numbers, cost_steps=cost)
         self._decisions.append(played)
-        RunLog.of(self._trainer).write(played)
+        self._log.write(played)
 
     def _batch_in_use(self) -> dict[str, float]:
         return {} if self._batches is None else {"batch_size": self._batches.batch_size}

@@ -103,12 +103,12 @@ def test_one_story(tmp_path, first):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [40, 120])
-def test_resuming_both_is_exact(tmp_path, at):
+@pytest.mark.parametrize("first", ["lrs", "batch"])
+def test_resuming_both_is_exact(tmp_path, at, first):
     def pair():
-        return (
-            AutoLRS(search_budget=0.3),
-            AdaptiveBatchSize(max_batch_size=64, every_n_steps=4, rest_updates=16),
-        )
+        lrs = AutoLRS(search_budget=0.3)
+        batch = AdaptiveBatchSize(max_batch_size=64, every_n_steps=4, rest_updates=16)
+        return (lrs, batch) if first == "lrs" else (batch, lrs)
 
     _, whole = run(tmp_path / "a", *pair(), Save(tmp_path / "mid.ckpt", at))
     _, resumed = run(tmp_path / "b", *pair(), ckpt=tmp_path / "mid.ckpt")
@@ -116,9 +116,26 @@ def test_resuming_both_is_exact(tmp_path, at):
     assert resumed.seen == whole.seen[-len(resumed.seen) :]
     assert resumed.rates == whole.rates[at:]
     assert resumed.losses == whole.losses[at:]
-    mine = [d for d in read_decisions(tmp_path / "b") if d.kind == "batch"]
-    assert mine == [d for d in read_decisions(tmp_path / "a") if d.kind == "batch"]
-    assert mine
+    assert story(tmp_path / "b") == story(tmp_path / "a")
+
+
+@pytest.mark.parametrize("first", ["lrs", "batch"])
+def test_a_resumed_log_keeps_the_order_of_what_both_decided_at_one_step(tmp_path, first):
+    def pair():
+        lrs = AutoLRS(search_budget=0.3)
+        batch = AdaptiveBatchSize(max_batch_size=64, every_n_steps=4, rest_updates=16)
+        return (lrs, batch) if first == "lrs" else (batch, lrs)
+
+    run(tmp_path / "a", *pair(), Save(tmp_path / "mid.ckpt", 170), max_epochs=2)
+    run(tmp_path / "b", *pair(), ckpt=tmp_path / "mid.ckpt", max_epochs=2)
+    told = story(tmp_path / "a")
+    assert {"search", "batch"} <= {kind for kind, *_ in told if kind != "setup"}
+    assert story(tmp_path / "b") == told
+
+
+def story(folder):
+    """What was decided, in the order of the log; not how long it took."""
+    return [(d.kind, d.action, d.step, d.reason) for d in read_decisions(folder)]
 
 
 def test_a_rollback_leaves_the_betas_with_the_batch():
