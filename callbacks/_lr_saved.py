@@ -52,12 +52,17 @@ class SavedRun:
             "probe": self.probe if probe is None else probe.state_dict(),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Primitives and tensors. The best weights make a checkpoint about twice as large."""
+    def state_dict(self, *, best: bool = True) -> dict[str, Any]:
+        """Primitives and tensors.
+
+        Args:
+            best: With the best weights, which make a checkpoint about twice as large. Without them a run that goes on
+                takes those it begins with for the best.
+        """
         evolving = self._evolving() if self._memo is None else self._memo
-        best = self._run.best.state_dict() if evolving["stage"]["index"] else {}
+        weights = self._run.best.state_dict() if best and evolving["stage"]["index"] else {}
         driver = self._run.driver
-        return {**evolving, "ratios": list(driver.ratios), "reference": driver.reference, "best": best}
+        return {**evolving, "ratios": list(driver.ratios), "reference": driver.reference, "best": weights}
 
     def load_state_dict(self, saved: dict[str, Any]) -> float:
         """The inverse of :meth:`state_dict`.
@@ -71,6 +76,8 @@ class SavedRun:
         run.validations.load_state_dict(saved["validations"])
         run.watch.load_state_dict(saved["watch"])
         self.probe = saved["probe"]
-        if run.state.index:
+        if saved["best"]:
             run.best.load_state_dict(saved["best"])
+        elif run.state.index:
+            run.best.capture(run.step)
         return run.plan.load_state_dict(saved["plan"])

@@ -85,6 +85,7 @@ class AutoLRS(Callback):
             min_lr, max_lr, search_budget, objective, search, monitor, mode, seed, proposals, stop_early, climb
         )
         self._run: LRRun | None = None
+        self._ended: dict[str, Any] = {}
         self._saved: dict[str, Any] | None = None
         self._fits = True
         self._position = DataPosition()
@@ -134,7 +135,7 @@ class AutoLRS(Callback):
         self._fits, self._saved = stage == "fit", None
         if self._fits:
             refuse_unsupported(trainer, self)
-            self._run, self._position = None, DataPosition()
+            self._run, self._ended, self._position = None, {}, DataPosition()
             self._position.attach(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -203,10 +204,12 @@ class AutoLRS(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Lets go of optimizer, loader and log."""
         if stage == "fit":
-            self._release(trainer)
             if self._run is not None:
+                # Of a fit that has ended nothing large is kept; whoever saves a checkpoint later has the rest of it.
+                self._ended = self._state_of(self._run, best=False)
                 self._decisions, self._trial_steps = self._run.decisions, self._run.costs.trial_steps
-                self._run = None
+            self._release(trainer)
+            self._run = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Hooks come off. The state stays: who saves a checkpoint on an exception comes after us."""
@@ -235,15 +238,16 @@ class AutoLRS(Callback):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as primitives and tensors."""
-        if self._run is None:
-            return {}
+        """Everything a resumed run needs, as primitives and tensors; after a fit without the best weights."""
+        return self._ended if self._run is None else self._state_of(self._run)
+
+    def _state_of(self, run: LRRun, *, best: bool = True) -> dict[str, Any]:
         return {
             **stamp(_STATE_VERSION, self.settings.to_dict()),
-            "decisions": self._run.log.saved(self._run.saved.decisions),
-            "run": self._run.saved.state_dict(),
+            "decisions": run.log.saved(run.saved.decisions),
+            "run": run.saved.state_dict(best=best),
             "lr": self._lr,
-            "position": self._position.state_dict(self._run.trainer),
+            "position": self._position.state_dict(run.trainer),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

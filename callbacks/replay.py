@@ -57,6 +57,7 @@ class ReplaySchedule(Callback):
         self._decisions: list[Decision] = []
         self._lr: float | None = None
         self._saved: dict[str, Any] | None = None
+        self._ended: dict[str, Any] = {}
         self._fits = True
 
     @property
@@ -81,6 +82,7 @@ class ReplaySchedule(Callback):
         self._fits, self._saved = stage == "fit", None
         if not self._fits:
             return
+        self._ended = {}
         refuse_unsupported(trainer, self)
         self._refuse_controllers(trainer)
         self._trainer = trainer
@@ -153,8 +155,9 @@ class ReplaySchedule(Callback):
         self._record(Decision("finish", "end", reason, step, numbers=numbers))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Lets go of optimizer, loader and log."""
+        """Lets go of optimizer, loader and log; whoever saves a checkpoint after the fit has its state still."""
         if stage == "fit":
+            self._ended = self.state_dict()
             self._release(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -166,7 +169,7 @@ class ReplaySchedule(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed replay needs: position, batch, and the weights that are still to be gone back to."""
         if self._rates is None:
-            return {}
+            return self._ended
         trainer, position, batches = self._trainer, self._position, self._batches
         return {
             "decisions": self._log.saved(self._decisions),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from autotune.callbacks import AdaptiveBatchSize
 from autotune.decision import read_decisions
 from autotune.errors import StateError
 from tests.callbacks.harness import Tiny, Witness, controller, loader, searches, trainer, val_loader
@@ -240,6 +241,24 @@ class TestCheckpointFile:
         # Half of the run is left, so the rate is far from where the short run had decayed to.
         assert longer.witness.lrs[0][0] > 5 * first.witness.lrs[-1][0]
         assert longer.witness.lrs[-1][0] < longer.witness.lrs[0][0]
+
+    @pytest.mark.filterwarnings("ignore:autotune. gradient noise is taken from consecutive")
+    @pytest.mark.parametrize("batch", [False, True])
+    def test_one_that_is_written_after_the_fit_goes_on_too(self, tmp_path, batch):
+        def more():
+            return [AdaptiveBatchSize(64, every_n_steps=4)] if batch else []
+
+        first = Run(tmp_path / "first", callbacks=[*savers(tmp_path), *more()], max_epochs=2)
+        first.trainer.validate(first.module, first.trainer.val_dataloaders, verbose=False)
+        first.trainer.save_checkpoint(tmp_path / "after.ckpt")
+        content = torch.load(tmp_path / "after.ckpt", weights_only=True)
+        assert content["callbacks"]["AutoLRS"]["run"]["best"] == {}
+        longer = Run(tmp_path / "longer", callbacks=more(), ckpt=tmp_path / "after.ckpt", max_epochs=4)
+        at_end = saved(tmp_path, f"end={first.trainer.global_step}")
+        as_ever = Run(tmp_path / "as_ever", callbacks=more(), ckpt=at_end, max_epochs=4)
+        assert [one.action for one in longer.callback.decisions if one.kind == "setup"] == ["begin", "replan"]
+        assert longer.witness.lrs == as_ever.witness.lrs
+        assert longer.witness.batches == as_ever.witness.batches
 
     def test_other_settings_are_refused(self, tmp_path):
         saved_run(tmp_path, max_steps=20)

@@ -161,6 +161,19 @@ def test_a_growth_that_was_undone_is_undone_again(tmp_path, alone):
     assert actions(second[0]) == actions(first[0])
 
 
+@pytest.mark.filterwarnings("ignore:autotune. the log's schedule is over")
+def test_a_replay_that_ended_early_goes_on_from_a_checkpoint_of_afterwards(tmp_path):
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.3), growing()])
+    log = first[0].log_dir
+    half, model = train(tmp_path / "half", [ReplaySchedule(log)], max_epochs=3)
+    assert len({len(batch) for batch in model.seen}) > 2
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    _, rest = train(tmp_path / "rest", [ReplaySchedule(log)], ckpt_path=tmp_path / "half.ckpt")
+    assert model.seen + rest.seen == first[1].seen
+    weights = zip(first[1].state_dict().values(), rest.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
 class Save(L.Callback):
     """A checkpoint after so many batches."""
 
