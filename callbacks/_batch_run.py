@@ -152,6 +152,13 @@ class BatchRun:
         self.tools.loader.batch_end(trainer)
         self._report_memory(trainer)
 
+    def finish(self, trainer: Any) -> None:
+        """The run has ended, and no other controller says so."""
+        step, now = trainer.global_step, self._split.examples
+        grown = sum(decision.action == "grow" for decision in self.decisions)
+        reason = f"the run ended after {step} updates, at {now} examples an update; the batch grew {grown} times"
+        self._decide(trainer, "finish", "end", reason, {"real_steps": step, "batch": now})
+
     def leave(self) -> None:
         """Takes the hooks off the optimizer."""
         self._rates.detach()

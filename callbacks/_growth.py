@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autotune.batch.scaling import scaled_settings
+from autotune.callbacks._trainer.facts import callbacks_named
 from autotune.callbacks._trainer.rates import ScaledSteps, current_rates, set_rates
 from autotune.noise.ranks import Ranks
 from autotune.snapshot import OptimizerState, Weights
@@ -152,8 +153,7 @@ class Watch:
 
 def auto_lrs(trainer: Any) -> Any:
     """The run's ``AutoLRS``, or None."""
-    found = (item for item in trainer.callbacks if any(cls.__name__ == "AutoLRS" for cls in type(item).__mro__))
-    return next(found, None)
+    return next(iter(callbacks_named(trainer, "AutoLRS")), None)
 
 
 #: Growth since the last search of a learning rate after which another is asked for.

@@ -18,6 +18,7 @@ from autotune.callbacks._growth import auto_lrs
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._saved import check_origin, stamp
 from autotune.callbacks._trainer.accumulation import Windows
+from autotune.callbacks._trainer.facts import callbacks_named
 from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.measure import LoopMeter
 from autotune.callbacks._trainer.resize import ResizableLoader
@@ -201,6 +202,11 @@ class AdaptiveBatchSize(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch is through."""
         self._loader.epoch_end(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The log says where the run ended; ``AutoLRS`` and ``ReplaySchedule`` do that where they are."""
+        if self._run is not None and not callbacks_named(trainer, "AutoLRS", "ReplaySchedule"):
+            self._run.finish(trainer)
 
     def _leave(self, trainer: Trainer) -> None:
         self._meter.stop()

@@ -13,7 +13,7 @@ from autotune.callbacks._batch_player import BatchPlayer
 from autotune.callbacks._rate_player import RatePlayer
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer import horizon as horizons
-from autotune.callbacks._trainer.facts import logs_now, warn, window_end, window_start
+from autotune.callbacks._trainer.facts import callbacks_named, logs_now, warn, window_end, window_start
 from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
@@ -89,7 +89,7 @@ class ReplaySchedule(Callback):
         if self._schedule.resizes:
             self._batches = BatchPlayer(self._schedule, self._record)
             self._batches.attach(trainer)
-        if not _present(trainer, "AdaptiveBatchSize"):  # which restores the position itself
+        if not callbacks_named(trainer, "AdaptiveBatchSize"):  # which restores the position itself
             self._position = DataPosition()
             self._position.attach(trainer)
 
@@ -199,9 +199,9 @@ class ReplaySchedule(Callback):
         return {} if self._batches is None else {"batch_size": self._batches.batch_size}
 
     def _refuse_controllers(self, trainer: Any) -> None:
-        if _present(trainer, "AutoLRS"):
+        if callbacks_named(trainer, "AutoLRS"):
             raise UnsupportedSetupError("ReplaySchedule and AutoLRS both set the learning rate: keep one of them")
-        if self._schedule.resizes and _present(trainer, "AdaptiveBatchSize"):
+        if self._schedule.resizes and callbacks_named(trainer, "AdaptiveBatchSize"):
             raise UnsupportedSetupError(
                 "ReplaySchedule and AdaptiveBatchSize both set the batch, since the log has one that grew: keep one of "
                 "them"
@@ -238,7 +238,3 @@ class ReplaySchedule(Callback):
             self._position = None
         self._trainer = None
         RunLog.end(trainer)
-
-
-def _present(trainer: Any, name: str) -> bool:
-    return any(cls.__name__ == name for callback in trainer.callbacks for cls in type(callback).__mro__)

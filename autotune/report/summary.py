@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from autotune.decision import Decision
 from autotune.report.reading import Run
-from autotune.report.tracks import first, forecasts, losses
+from autotune.report.tracks import forecasts, losses
 from autotune.report.values import mapping, number, records, settings, spell, spell_seconds
 
 
@@ -58,13 +58,15 @@ class Summary:
 def summarise(run: Run) -> Summary:
     """The figures of a run, from its log and, for the last loss, its metrics."""
     kinds = Counter((decision.kind, decision.action) for decision in run.decisions)
-    finish = first(run, "finish")
+    # A run that was made longer has ended more than once, and may be on its way again.
+    finish = next((decision for decision in reversed(run.decisions) if decision.kind == "finish"), None)
+    ended = finish is not None and finish is run.decisions[-1]
     configured = settings(run.decisions)
     searches = [d for d in run.decisions if d.kind == "search" and d.action != "skip"]
     scored = [forecast for forecast in forecasts(run) if forecast.inside is not None]
     seconds = [value for d in searches if (value := number(d, "seconds")) is not None]
     return Summary(
-        real_steps=int(_from_finish(finish, "real_steps") or run.last_step),
+        real_steps=int((_from_finish(finish, "real_steps") if ended else None) or run.last_step),
         trial_steps=sum(d.cost_steps for d in run.decisions if d.kind not in ("finish", "rollback")),
         saved_steps=sum(saved_steps(search) for search in searches),
         lost_steps=sum(number(d, "lost_steps") or 0.0 for d in run.decisions if d.kind == "rollback"),

@@ -10,7 +10,7 @@ from autotune._schedule_log import batches_of
 from autotune.decision import Decision
 from autotune.report.metrics import Series
 from autotune.report.reading import Run
-from autotune.report.values import number
+from autotune.report.values import number, settings
 
 #: Logged names of the learning rate, best first. LearningRateMonitor's begin with ``lr-``.
 _LR_NAMES = ("autotune/lr", "lr", "learning_rate", "train/lr")
@@ -40,19 +40,13 @@ class Forecast:
     inside: bool | None
 
 
-def first(run: Run, kind: str) -> Decision | None:
-    """The first decision of a kind."""
-    return next((decision for decision in run.decisions if decision.kind == kind), None)
-
-
 def losses(run: Run) -> dict[str, tuple[str, Series]]:
     """The run's loss curves by role: ``"train"`` and ``"validation"`` where they were logged.
 
     What the controller monitors is the validation curve; else names decide. Of Lightning's ``loss_step`` and
     ``loss_epoch`` the finer one is taken.
     """
-    setup = first(run, "setup")
-    monitor = setup.numbers.get("monitor") if setup else None
+    monitor = settings(run.decisions).get("monitor")
     named = {name: series for name, series in run.metrics.items() if not name.startswith("autotune/")}
     found: dict[str, tuple[str, Series]] = {}
     if isinstance(monitor, str) and monitor in named:

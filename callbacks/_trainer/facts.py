@@ -31,6 +31,11 @@ def inform(message: str) -> None:
             _LOGGER.info(message)
 
 
+def callbacks_named(trainer: Any, *names: str) -> list[Any]:
+    """The trainer's callbacks of these classes, or of ones derived from them; of either of Lightning's packages."""
+    return [item for item in trainer.callbacks if any(cls.__name__ in names for cls in type(item).__mro__)]
+
+
 def logging_step(trainer: Any) -> int:
     """The step under which Lightning logs its own rows now (other counters shift or drop rows)."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -91,7 +96,7 @@ def early_stopping_waits(trainer: Any) -> bool:
 
 def validates_averages(trainer: Any) -> bool:
     """Whether a callback of Lightning's exchanges the weights for their average while the trainer validates."""
-    return any(kind.__name__ == "WeightAveraging" for one in trainer.callbacks for kind in type(one).__mro__)
+    return bool(callbacks_named(trainer, "WeightAveraging"))
 
 
 def versions() -> dict[str, str]:

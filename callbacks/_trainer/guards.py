@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from autotune.callbacks._trainer.facts import callbacks_named
 from autotune.callbacks._trainer.namespaces import namespace_of
 from autotune.errors import UnsupportedSetupError
 
@@ -38,10 +39,6 @@ def refuse_optimizers(trainer: Any, controller: Any) -> None:
         )
     if not getattr(trainer.optimizers[0], "param_groups", None):
         raise UnsupportedSetupError(f"{name}: configure_optimizers returned no optimizer, so there is nothing to tune")
-
-
-def _others(trainer: Any, *names: str) -> list[Any]:
-    return [item for item in trainer.callbacks if any(cls.__name__ in names for cls in type(item).__mro__)]
 
 
 def _manual(trainer: Any, _: Any) -> bool:
@@ -82,26 +79,26 @@ _CHECKS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     ),
     "second": (_second, "there are two of this callback in the Trainer and they would fight; keep one"),
     "finder": (
-        lambda trainer, _: bool(_others(trainer, "LearningRateFinder")),
+        lambda trainer, _: bool(callbacks_named(trainer, "LearningRateFinder")),
         "LearningRateFinder sets the same learning rate; remove it (the search needs no start value)",
     ),
     "batch_finder": (
-        lambda trainer, _: bool(_others(trainer, "BatchSizeFinder")),
+        lambda trainer, _: bool(callbacks_named(trainer, "BatchSizeFinder")),
         "BatchSizeFinder runs its own trials inside the fit and breaks resuming; remove it, or run "
         "Tuner(trainer).scale_batch_size(...) in a separate script before",
     ),
     "swa": (
-        lambda trainer, _: bool(_others(trainer, "StochasticWeightAveraging")),
+        lambda trainer, _: bool(callbacks_named(trainer, "StochasticWeightAveraging")),
         "StochasticWeightAveraging exchanges the learning-rate scheduler; remove it (the rate is decayed to zero, "
         "which does what averaging is for)",
     ),
     "accumulation": (
-        lambda trainer, _: bool(_others(trainer, "GradientAccumulationScheduler")),
+        lambda trainer, _: bool(callbacks_named(trainer, "GradientAccumulationScheduler")),
         "GradientAccumulationScheduler changes the size of an update while its learning rate is being judged; set "
         "Trainer(accumulate_grad_batches=k) instead",
     ),
     "finetuning": (
-        lambda trainer, controller: hasattr(controller, "lr") and bool(_others(trainer, "BaseFinetuning")),
+        lambda trainer, controller: hasattr(controller, "lr") and bool(callbacks_named(trainer, "BaseFinetuning")),
         "BaseFinetuning callbacks (BackboneFinetuning) add parameter groups while the rate is searched, and set their "
         "rates; make all groups in configure_optimizers and remove it (requires_grad=False keeps a part frozen)",
     ),

@@ -64,7 +64,7 @@ def test_every_example_once_an_epoch_and_every_update_a_mean(tmp_path, workers, 
     assert train.batch_size == 4
     assert type(train.batch_sampler) is torch.utils.data.BatchSampler
     assert trainer.global_step == len(model.updates)
-    assert [d.action for d in callback.decisions] == ["set_batch", "grow"]
+    assert [d.action for d in callback.decisions] == ["set_batch", "grow", "end"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
@@ -220,7 +220,7 @@ class Fragile(Weighing):
 def test_a_growth_after_which_the_loss_explodes_is_undone_and_remembered(tmp_path):
     callback = AdaptiveBatchSize(max_batch_size=16, rule="norm", every_n_steps=3, lr_scaling="linear")
     _, model, _ = fit(tmp_path, callback, Fragile())
-    assert [d.action for d in callback.decisions] == ["set_batch", "grow", "undo_growth"]
+    assert [d.action for d in callback.decisions] == ["set_batch", "grow", "undo_growth", "end"]
     assert callback.batch_size == 4
     assert torch.isfinite(model.layer.weight).all()
     assert model.layer.weight.abs().max() < 0.1
@@ -237,7 +237,7 @@ def test_a_growth_on_probation_is_undone_after_a_resume_as_well(tmp_path, optimi
 
     whole, resumed = Fragile(optimizer=optimizer), Fragile(optimizer=optimizer)
     trainer, _, callback = run(whole, extra=[Save(tmp_path / "mid.ckpt", 3)])
-    grow, undo = callback.decisions[1:]
+    grow, undo, _ = callback.decisions[1:]
     assert grow.effective_step < 3 < undo.step
     trainer_again, _, again = run(resumed, ckpt_path=tmp_path / "mid.ckpt")
     assert again.decisions == callback.decisions

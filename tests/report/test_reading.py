@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +149,29 @@ def test_the_summary_adds_up(tiny):
     assert summary.real_steps == 140
     assert summary.batch_changes == 3
     assert len(rows(summary)) == 10
+
+
+def test_a_run_that_was_made_longer_is_as_long_as_it_is_now(tmp_path):
+    def end(step):
+        return line(kind="finish", action="end", step=step, numbers={"real_steps": step, "seconds": step})
+
+    ends = [end(10), end(30)]
+    going_on = line(kind="stage", step=20)
+    assert summarise(read_run(log(tmp_path / "a", ends[0]))).real_steps == 10
+    assert summarise(read_run(log(tmp_path / "b", ends[0], going_on))).real_steps == 20
+    whole = summarise(read_run(log(tmp_path / "c", ends[0], going_on, ends[1])))
+    assert (whole.real_steps, whole.seconds) == (30, 30)
+
+
+def test_what_is_monitored_is_known_whichever_controller_spoke_first(tiny):
+    run = read_run(tiny.folder)
+    batch = Decision("setup", "set_batch", "", 0, numbers={"controller": "AdaptiveBatchSize", "batch": 8})
+    setup = next(d for d in run.decisions if d.kind == "setup")
+    name = "val_accuracy"
+    monitored = replace(setup, numbers={**setup.numbers, "monitor": name})
+    curves = {**run.metrics, name: next(iter(run.metrics.values()))}
+    for order in ([monitored, batch], [batch, monitored]):
+        assert losses(replace(run, decisions=tuple(order), metrics=curves))["validation"][0] == name
 
 
 def test_thinning_keeps_every_extreme():
