@@ -103,8 +103,9 @@ class LRPlan:
     def moved(self, state: StageState, scale: float) -> StageState:
         """A stage of a run whose end has moved: on the new clock, where the same work is ``scale`` times as much."""
         progress, end = self.progress, state.end * scale
-        if state.end >= 1.0 or not progress < end < 1.0:
-            end = min(progress + self.machine.length(state.index - 1), 1.0)
+        last = 1.0 if self.horizon.known else math.inf
+        if state.end >= 1.0 or not progress < end < last:
+            end = min(progress + self.machine.length(state.index - 1), last)
         return replace(state, start=state.start * scale, end=end, forecast_due=state.forecast_due * scale)
 
     def describe(self) -> str:
@@ -128,14 +129,22 @@ class LRPlan:
         """As primitives."""
         return {"unit": self.horizon.unit, "total": self.horizon.total, "updates": self.updates}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> float:
+    def load_state_dict(self, saved: dict[str, Any]) -> float | None:
         """Takes up a saved plan.
 
         Returns:
-            The saved total in units of the present one: 1 where the end has not moved.
+            The saved run's length in units of the present one's; None where the end has not moved.
         """
-        if saved["unit"] != self.horizon.unit or not self.horizon.known:
-            return 1.0
+        unit, total = saved["unit"], saved["total"]
+        if unit == self.horizon.unit and self.horizon.known:
+            if math.isnan(self.updates):
+                self.set_updates(saved["updates"] * self.horizon.total / total)
+            scale = total / self.horizon.total
+            return None if scale == 1.0 else float(scale)
+        if unit == self.horizon.unit:
+            return None
+        # Of an end in another unit updates are the common measure; in seconds nobody knows how many they will be.
         if math.isnan(self.updates):
-            self.set_updates(saved["updates"] * self.horizon.total / saved["total"])
-        return float(saved["total"] / self.horizon.total)
+            self.set_updates(saved["updates"])
+        scale = saved["updates"] / self.updates
+        return float(scale) if math.isfinite(scale) else 1.0

@@ -82,7 +82,7 @@ class LRRun:
         self.saved = SavedRun(self)
         if saved is not None:
             scale = self.saved.load_state_dict(saved)
-            if self.state.index and scale != 1.0:
+            if self.state.index and scale is not None:
                 self._move_clock(scale, "was another")
 
     @property
@@ -256,8 +256,7 @@ class LRRun:
         self.state = self.plan.moved(self.state, scale)
         self.climb.clock_moved(self.plan.progress)
         self.validations.clock_moved(scale)
-        horizon = self.plan.horizon
-        self._replan(f"the run ends at {horizon.total:g} {horizon.unit} (the end {was}): the rest is planned anew")
+        self._replan(f"{self.plan.describe()} (its end {was}): the rest is planned anew")
 
     def _replan(self, reason: str) -> None:
         self.record("setup", "replan", reason, numbers={**self.plan.numbers(), "shape": self.plan.shape_numbers()})

@@ -64,11 +64,11 @@ class SavedRun:
         driver = self._run.driver
         return {**evolving, "ratios": list(driver.ratios), "reference": driver.reference, "best": weights}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> float:
+    def load_state_dict(self, saved: dict[str, Any]) -> float | None:
         """The inverse of :meth:`state_dict`.
 
         Returns:
-            The saved run's end in units of this one's: 1 where it has not moved.
+            The saved run's length in units of this one's; None where its end has not moved.
         """
         run = self._run
         run.state, run.costs = StageState.from_dict(saved["stage"]), Costs(**saved["costs"])

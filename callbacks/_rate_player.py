@@ -32,6 +32,7 @@ class RatePlayer:
             self._driver = RateDriver(optimizer, scheduled=schedule.rates == "peak_lr", ratios_=ratios)
         self._best = BestWeights(module, optimizer)
         self._begun = False
+        self._played = -1  # the last update before which the log was looked at
 
     @property
     def last(self) -> float:
@@ -53,7 +54,13 @@ class RatePlayer:
         return played
 
     def play(self, step: int) -> tuple[Decision, ...]:
-        """Remembers weights that will be gone back to, and goes back, as the log says; returns what was played."""
+        """Remembers weights that will be gone back to, and goes back, as the log says; returns what was played.
+
+        Nothing a second time: a checkpoint may have been written in the update after it.
+        """
+        if step <= self._played:
+            return ()
+        self._played = step
         events = tuple(d for d in self._schedule.events.get(step, ()) if d.kind not in ("batch", "finish"))
         if step in self._schedule.returns:
             self._best.capture(step)
@@ -70,13 +77,14 @@ class RatePlayer:
                 driver.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights to go back to, as primitives and tensors."""
-        return self._best.state_dict() if self._begun else {}
+        """The weights to go back to, and what was played, as primitives and tensors."""
+        return {"played": self._played, "best": self._best.state_dict() if self._begun else None}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        if saved:
-            self._best.load_state_dict(saved)
+        self._played = saved["played"]
+        if saved["best"] is not None:
+            self._best.load_state_dict(saved["best"])
             self._begun = True
 
     def _progress(self, step: int) -> float:

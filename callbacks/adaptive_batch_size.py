@@ -219,8 +219,9 @@ class AdaptiveBatchSize(Callback):
             self._run.leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves nothing of ours on the trainer."""
+        """As at the end. The state stays: who saves a checkpoint on an exception comes after us."""
         self._leave(trainer)
+        RunLog.end(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves nothing of ours on the trainer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from dataclasses import replace
@@ -12,14 +13,16 @@ from lightning.pytorch.callbacks import Callback
 from autotune.callbacks._batch_player import BatchPlayer
 from autotune.callbacks._rate_player import RatePlayer
 from autotune.callbacks._run_log import RunLog
+from autotune.callbacks._saved import check_origin, stamp
 from autotune.callbacks._trainer import horizon as horizons
 from autotune.callbacks._trainer.facts import callbacks_named, logs_now, warn, window_end, window_start
 from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.resume import DataPosition
-from autotune.decision import Decision
-from autotune.errors import ConfigurationError, UnsupportedSetupError
-from autotune.replay import Schedule, load_schedule
+from autotune.decision import Decision, encode, read_decisions
+from autotune.errors import ConfigurationError, StateError, UnsupportedSetupError
+from autotune.replay import Schedule, schedule_of
 
+_STATE_VERSION = 1
 #: What a decision says of trials.
 _TRIALS = frozenset({"candidates", "posterior", "legs", "trial_steps", "seconds"})
 
@@ -41,6 +44,7 @@ class ReplaySchedule(Callback):
         ConfigurationError: At construction, for what is no path.
         LogFormatError: At construction, for a log that cannot be read or of a run in which nothing was controlled.
         UnsupportedSetupError: When a fit starts, for a setup that cannot be served.
+        StateError: When a fit goes on from a checkpoint without a replay's state, or with that of another log's.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -48,7 +52,11 @@ class ReplaySchedule(Callback):
         if not isinstance(path, (str, os.PathLike)):
             raise ConfigurationError(f"path names a run's directory or its decisions.jsonl; got {path!r}")
         self.path = os.fspath(path)
-        self._schedule = load_schedule(path)
+        logged = read_decisions(path)
+        self._schedule = schedule_of(logged, self.path)
+        self._first_step = min(decision.step for decision in logged)
+        digest = hashlib.sha256("\n".join(map(encode, logged)).encode()).hexdigest()
+        self._settings = {"log": f"{len(logged)} decisions, SHA-256 {digest[:12]}"}
         self._rates: RatePlayer | None = None
         self._batches: BatchPlayer | None = None
         self._position: DataPosition | None = None
@@ -83,6 +91,7 @@ class ReplaySchedule(Callback):
         if not self._fits:
             return
         self._ended = {}
+        self._rates = self._batches = self._position = None
         refuse_unsupported(trainer, self)
         self._refuse_controllers(trainer)
         self._trainer = trainer
@@ -104,6 +113,7 @@ class ReplaySchedule(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Looks at the optimizer and opens the log."""
         self._refuse_other_scheduling(trainer)
+        self._refuse_to_begin_later(trainer)
         self._rates = rates = RatePlayer(self._schedule, trainer, pl_module)
         self._lr = None
         saved, self._saved = self._saved, None
@@ -158,11 +168,12 @@ class ReplaySchedule(Callback):
         """Lets go of optimizer, loader and log; whoever saves a checkpoint after the fit has its state still."""
         if stage == "fit":
             self._ended = self.state_dict()
-            self._release(trainer)
+            self._detach(trainer)
+            self._rates = self._batches = self._position = self._trainer = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """As at the end."""
-        self._release(trainer)
+        """Hooks come off. The state stays: who saves a checkpoint on an exception comes after us."""
+        self._detach(trainer)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -172,6 +183,7 @@ class ReplaySchedule(Callback):
             return self._ended
         trainer, position, batches = self._trainer, self._position, self._batches
         return {
+            **stamp(_STATE_VERSION, self._settings),
             "decisions": self._log.saved(self._decisions),
             "rates": self._rates.state_dict(),
             "position": None if position is None else position.state_dict(trainer),
@@ -179,8 +191,13 @@ class ReplaySchedule(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a saved state when training starts; a checkpoint that is only evaluated says nothing to us."""
+        """Takes up a saved state when training starts; a checkpoint that is only evaluated says nothing to us.
+
+        Raises:
+            StateError: The state is another version's, or of the replay of another log.
+        """
         if state_dict and self._fits:
+            check_origin("ReplaySchedule", _STATE_VERSION, self._settings, state_dict)
             self._saved = state_dict
 
     # ------------------------------------------------------------------ pieces
@@ -216,6 +233,14 @@ class ReplaySchedule(Callback):
                 "what the log holds does not fit; use the same configure_optimizers"
             )
 
+    def _refuse_to_begin_later(self, trainer: Any) -> None:
+        if self._saved is None and trainer.global_step > self._first_step:
+            raise StateError(
+                f"the run goes on after {trainer.global_step} updates from a checkpoint that holds no state of "
+                f"ReplaySchedule, so what {self.path} says of the updates before was not played: start without a "
+                "checkpoint, resume one that a replay has written, or take load_schedule(path).lambda_lr(optimizer)"
+            )
+
     def _compare_length(self, trainer: Any) -> None:
         if not self._schedule.plans:
             return
@@ -226,15 +251,11 @@ class ReplaySchedule(Callback):
                 "played as it was, and its last rate is held beyond its end"
             )
 
-    def _release(self, trainer: Any) -> None:
+    def _detach(self, trainer: Any) -> None:
         if self._rates is not None:
             self._rates.remove()
-            self._rates = None
         if self._batches is not None:
             self._batches.detach(trainer)
-            self._batches = None
         if self._position is not None:
             self._position.detach(trainer)
-            self._position = None
-        self._trainer = None
         RunLog.end(trainer)

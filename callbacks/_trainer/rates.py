@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from autotune.errors import ConfigurationError, UnsupportedSetupError
@@ -174,18 +175,20 @@ class ScaledSteps:
     """Multiplies the rates a user's scheduler sets, only while ``optimizer.step`` runs.
 
     A value written into a group would be the base of the next scheduler step; so the scheduled rates are put back
-    as soon as the step is done.
+    as soon as the step is done, or was broken off. Lightning runs the module's step inside it: a checkpoint that is
+    written there has the scheduled rates too.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._scheduled: list[float] = []
+        self._scheduled: list[float] | None = None  # while a step runs
         self._override: list[float] | None = None
         self.multiplier = 1.0
         self.effective: list[float] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_post_hook(self._saved),
         ]
 
     def override(self, rates: list[float] | None) -> None:
@@ -194,14 +197,23 @@ class ScaledSteps:
 
     def remove(self) -> None:
         """Takes the hooks off the optimizer."""
+        self._after()
         for handle in self._handles:
             handle.remove()
 
     def _before(self, *_: Any) -> None:
+        self._after()  # a step that raised has not got there
         self._scheduled = current_rates(self._optimizer)
         scaled = [rate * self.multiplier for rate in self._scheduled]
         self.effective = scaled if self._override is None else self._override
         set_rates(self._optimizer, self.effective)
 
     def _after(self, *_: Any) -> None:
-        set_rates(self._optimizer, self._scheduled)
+        if self._scheduled is not None:
+            set_rates(self._optimizer, self._scheduled)
+            self._scheduled = None
+
+    def _saved(self, _: Any, state: dict[str, Any]) -> None:
+        if self._scheduled is not None:
+            for group, rate in zip(state["param_groups"], self._scheduled, strict=True):
+                group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate

@@ -186,7 +186,11 @@ class ResizableLoader:
 
     def _at_end(self, trainer: Any) -> bool:
         """Whether the epoch's last batch is done and :meth:`epoch_end` has not said so yet."""
-        return bool(self.sampler.emitted and self.ready(trainer) >= trainer.num_training_batches)
+        return bool(self.sampler.emitted and self._done(trainer) >= trainer.num_training_batches)
+
+    def _done(self, trainer: Any) -> int:
+        """Batches of the present epoch that were trained on; one whose step is under way is not."""
+        return int(trainer.fit_loop.epoch_loop.batch_progress.current.processed)
 
     def after_restore(self, trainer: Any) -> None:
         """The position in the data was restored: lengths again, now that the batches are handed out."""
@@ -194,7 +198,7 @@ class ResizableLoader:
             self.sync(trainer)
 
     def ready(self, trainer: Any) -> int:
-        """Batches of the present epoch that were trained on."""
+        """Batches of the present epoch that were begun: between steps, those that were trained on."""
         return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def batch_end(self, trainer: Any) -> None:
@@ -237,7 +241,7 @@ class ResizableLoader:
     def state_dict(self, trainer: Any) -> dict[str, Any]:
         """Primitives; position in the epoch included."""
         return {
-            "sampler": self.sampler.state_dict(self.ready(trainer)),
+            "sampler": self.sampler.state_dict(self._done(trainer)),
             "units": self._units + (self.first_batches if self._at_end(trainer) else 0),
             "resized": self._resized,
             "due": bool(self._due),

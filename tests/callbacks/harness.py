@@ -296,6 +296,17 @@ class Save(Callback):
             trainer.save_checkpoint(self.path)
 
 
+class Break(Callback):
+    """An exception in the step after so many updates, from within ``optimizer.step``."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def on_before_backward(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.update:
+            raise ZeroDivisionError
+
+
 class PlayRates(Callback):
     """The ten-line callback: uses recorded rates, one list a real update."""
 

@@ -3,12 +3,14 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 
 from autotune.callbacks import AdaptiveBatchSize
+from autotune.callbacks._trainer.rates import ScaledSteps
 from autotune.decision import read_decisions
 from autotune.errors import StateError
-from tests.callbacks.harness import Tiny, Witness, controller, loader, searches, trainer, val_loader
+from autotune.replay import load_schedule
+from tests.callbacks.harness import Break, Tiny, Witness, controller, loader, searches, trainer, val_loader
 
 EPOCH = 30
 BOUNDS = {"steps": {"max_steps": 120}, "epochs": {"max_epochs": 4}}
@@ -221,6 +223,81 @@ class TestStoppedInsideAValidation:
         assert_continues(once, whole, 45)
         twice = Run(tmp_path / "twice", seed=78, ckpt=saved(tmp_path / "once", point), **settings)
         assert_continues(twice, whole, int(point.partition("=")[2]))
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model")
+class TestBrokenOffInAStep:
+    """Lightning runs the module's step inside ``optimizer.step``, where the rates are those that a scheduler is not to
+    see; a checkpoint that is written there must have the scheduler's."""
+
+    @pytest.mark.parametrize("scheduler", ["", "lambda", "plateau", "epoch"])
+    @pytest.mark.parametrize("update", [45, 59])
+    def test_continues_bit_for_bit(self, tmp_path, scheduler, update):
+        def module():
+            L.seed_everything(4, verbose=False)
+            return EpochDecay() if scheduler == "epoch" else Tiny("batchnorm", "dropout", "random", scheduler=scheduler)
+
+        whole = Run(tmp_path / "whole", module=module(), max_epochs=4)
+        broken = [Break(update), OnExceptionCheckpoint(tmp_path, "broken")]
+        with pytest.raises(ZeroDivisionError):
+            Run(tmp_path / "broken", module=module(), callbacks=broken, max_epochs=4)
+        resumed = Run(tmp_path / "resumed", module=module(), seed=77, ckpt=tmp_path / "broken.ckpt", max_epochs=4)
+        assert_continues(resumed, whole, update)
+
+    def test_the_rates_of_an_optimizer_that_is_saved_in_its_step(self):
+        for rate in (0.5, torch.tensor(0.5)):
+            optimizer = torch.optim.Adam([torch.zeros(2, requires_grad=True)], lr=rate)
+            scaled = ScaledSteps(optimizer)
+            scaled.multiplier = 4.0
+            inside = []
+
+            def closure(optimizer=optimizer, inside=inside):
+                inside += [float(optimizer.param_groups[0]["lr"]), optimizer.state_dict()["param_groups"][0]["lr"]]
+                raise ZeroDivisionError
+
+            for _ in range(2):  # a step that is made again after it has failed is not scaled twice
+                with pytest.raises(ZeroDivisionError):
+                    optimizer.step(closure)
+            assert list(map(float, inside)) == [2.0, 0.5] * 2
+            scaled.remove()
+            assert float(optimizer.param_groups[0]["lr"]) == 0.5
+            assert type(optimizer.param_groups[0]["lr"]) is type(inside[1]) is type(rate)
+
+
+class EpochDecay(Tiny):
+    """A rate that is halved after every epoch, which shows no rate to who has not seen the last one."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class TestAnEndOfAnotherKind:
+    ENDS = {
+        "steps": {"max_steps": 120, "max_epochs": -1},
+        "epochs": {"max_epochs": 3},
+        "none": {"max_epochs": -1, "max_steps": -1},
+        "seconds": {"max_epochs": -1, "max_time": {"seconds": 20}},
+    }
+
+    @pytest.mark.parametrize(
+        ("first", "second"), [("steps", "epochs"), ("none", "steps"), ("none", "epochs"), ("seconds", "steps")]
+    )
+    def test_is_in_the_log_and_so_in_what_is_read_from_it(self, tmp_path, first, second):
+        class Stop(Callback):
+            def on_train_batch_end(self, trainer, *_):
+                if trainer.global_step == 52:
+                    trainer.save_checkpoint(tmp_path / "mid.ckpt")
+                    trainer.should_stop = True
+
+        Run(tmp_path / "first", callbacks=[Stop()], **self.ENDS[first])
+        resumed = Run(tmp_path / "second", ckpt=tmp_path / "mid.ckpt", **self.ENDS[second])
+        plans = [(one.action, one.step) for one in resumed.callback.decisions if one.kind == "setup" and one.step]
+        assert plans == [("replan", 52)]
+        schedule = load_schedule(tmp_path / "second")
+        rates = [schedule.rate(step) for step in range(52, resumed.trainer.global_step)]
+        assert rates == pytest.approx([lrs[0] for lrs in resumed.witness.lrs], rel=1e-9)
+        assert rates[-1] < 0.1 * max(rates)
 
 
 class TestCheckpointFile:

@@ -12,8 +12,9 @@ from real_run import Bomb, train
 
 from autotune import Decision, read_decisions
 from autotune.callbacks import AutoLRS, ReplaySchedule
-from autotune.errors import ConfigurationError, LogFormatError, UnsupportedSetupError
+from autotune.errors import ConfigurationError, LogFormatError, StateError, UnsupportedSetupError
 from autotune.replay import load_schedule, schedule_of
+from tests.callbacks.harness import Break, Save
 
 
 def column(trainer, name):
@@ -103,6 +104,46 @@ def test_a_resumed_replay_can_still_roll_back(tmp_path):
     assert callback.decisions[0].step == 0
     weights = zip(model.state_dict().values(), first[1].state_dict().values(), strict=True)
     assert all(torch.equal(now, then) for now, then in weights)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:.*was called without a model")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_replay_that_was_broken_off_in_a_step_goes_on(tmp_path):
+    """In the step at which the log goes back, too: what was played there is not played, or told, again."""
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb()])
+    log, found = first[0].log_dir, read_decisions(first[0].log_dir)
+    back = next(d for d in found if d.action == "roll_back")
+    for update in (back.step - 1, back.step):
+        saver = L.pytorch.callbacks.OnExceptionCheckpoint(tmp_path, str(update))
+        with pytest.raises(ZeroDivisionError):
+            callbacks = [ReplaySchedule(log), Bomb(), Break(update), saver]
+            train(tmp_path / "b", callbacks, enable_checkpointing=True)
+        trainer, model = train(tmp_path / "c", [ReplaySchedule(log), Bomb()], ckpt_path=tmp_path / f"{update}.ckpt")
+        weights = zip(model.state_dict().values(), first[1].state_dict().values(), strict=True)
+        assert all(torch.equal(now, then) for now, then in weights)
+        assert [(d.kind, d.step) for d in read_decisions(trainer.log_dir)] == [(d.kind, d.step) for d in found]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_replay_does_not_begin_in_the_middle_or_go_on_with_another_log(tmp_path):
+    save = Save(tmp_path / "mid.ckpt", 57)
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), save])
+    with pytest.raises(StateError, match="goes on after 57 updates from a checkpoint that holds no state of Replay"):
+        train(tmp_path / "b", [ReplaySchedule(first[0].log_dir)], ckpt_path=tmp_path / "mid.ckpt")
+    other = train(tmp_path / "other", [AutoLRS(search_budget=0.4)])
+    train(tmp_path / "c", [ReplaySchedule(first[0].log_dir), Save(tmp_path / "replay.ckpt", 57)])
+    with pytest.raises(StateError, match=r"log='\d+ decisions, SHA-256 .*the checkpoint has"):
+        train(tmp_path / "d", [ReplaySchedule(other[0].log_dir)], ckpt_path=tmp_path / "replay.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_run_that_began_from_a_plain_checkpoint_is_replayed_from_it(tmp_path):
+    train(tmp_path / "a", [Save(tmp_path / "plain.ckpt", 30)])
+    first = train(tmp_path / "b", [AutoLRS(search_budget=0.5)], ckpt_path=tmp_path / "plain.ckpt")
+    second = train(tmp_path / "c", [ReplaySchedule(first[0].log_dir)], ckpt_path=tmp_path / "plain.ckpt")
+    assert same(first, second)
 
 
 def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path):
