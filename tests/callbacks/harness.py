@@ -297,14 +297,21 @@ class Save(Callback):
 
 
 class Break(Callback):
-    """An exception in the step after so many updates, from within ``optimizer.step``."""
+    """An exception from the module's step after so many updates; saves whatever state it leaves."""
 
-    def __init__(self, update: int) -> None:
-        self.update = update
+    def __init__(self, update: int, path: Path) -> None:
+        self.update, self.path = update, path
 
-    def on_before_backward(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.update:
+    def on_exception(self, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        def training_step(*_: Any) -> None:
+            del pl_module.training_step
             raise ZeroDivisionError
+
+        if trainer.global_step == self.update:
+            pl_module.training_step = training_step
 
 
 class PlayRates(Callback):

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from autotune.callbacks import AdaptiveBatchSize
 from autotune.callbacks._trainer.rates import ScaledSteps
@@ -225,12 +225,11 @@ class TestStoppedInsideAValidation:
         assert_continues(twice, whole, int(point.partition("=")[2]))
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model")
 class TestBrokenOffInAStep:
     """Lightning runs the module's step inside ``optimizer.step``, where the rates are those that a scheduler is not to
     see; a checkpoint that is written there must have the scheduler's."""
 
-    @pytest.mark.parametrize("scheduler", ["", "lambda", "plateau", "epoch"])
+    @pytest.mark.parametrize("scheduler", ["", "lambda", "epoch"])
     @pytest.mark.parametrize("update", [45, 59])
     def test_continues_bit_for_bit(self, tmp_path, scheduler, update):
         def module():
@@ -238,7 +237,7 @@ class TestBrokenOffInAStep:
             return EpochDecay() if scheduler == "epoch" else Tiny("batchnorm", "dropout", "random", scheduler=scheduler)
 
         whole = Run(tmp_path / "whole", module=module(), max_epochs=4)
-        broken = [Break(update), OnExceptionCheckpoint(tmp_path, "broken")]
+        broken = [Break(update, tmp_path / "broken.ckpt")]
         with pytest.raises(ZeroDivisionError):
             Run(tmp_path / "broken", module=module(), callbacks=broken, max_epochs=4)
         resumed = Run(tmp_path / "resumed", module=module(), seed=77, ckpt=tmp_path / "broken.ckpt", max_epochs=4)
@@ -272,14 +271,15 @@ class EpochDecay(Tiny):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
 
-class TestAnEndOfAnotherKind:
-    ENDS = {
-        "steps": {"max_steps": 120, "max_epochs": -1},
-        "epochs": {"max_epochs": 3},
-        "none": {"max_epochs": -1, "max_steps": -1},
-        "seconds": {"max_epochs": -1, "max_time": {"seconds": 20}},
-    }
+ENDS = {
+    "steps": {"max_steps": 120, "max_epochs": -1},
+    "epochs": {"max_epochs": 3},
+    "none": {"max_epochs": -1, "max_steps": -1},
+    "seconds": {"max_epochs": -1, "max_time": {"seconds": 20}},
+}
 
+
+class TestAnEndOfAnotherKind:
     @pytest.mark.parametrize(
         ("first", "second"), [("steps", "epochs"), ("none", "steps"), ("none", "epochs"), ("seconds", "steps")]
     )
@@ -290,8 +290,8 @@ class TestAnEndOfAnotherKind:
                     trainer.save_checkpoint(tmp_path / "mid.ckpt")
                     trainer.should_stop = True
 
-        Run(tmp_path / "first", callbacks=[Stop()], **self.ENDS[first])
-        resumed = Run(tmp_path / "second", ckpt=tmp_path / "mid.ckpt", **self.ENDS[second])
+        Run(tmp_path / "first", callbacks=[Stop()], **ENDS[first])
+        resumed = Run(tmp_path / "second", ckpt=tmp_path / "mid.ckpt", **ENDS[second])
         plans = [(one.action, one.step) for one in resumed.callback.decisions if one.kind == "setup" and one.step]
         assert plans == [("replan", 52)]
         schedule = load_schedule(tmp_path / "second")
