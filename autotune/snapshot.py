@@ -17,6 +17,7 @@ over as ``extras``. A module that keeps other state (an object of its own class,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -158,7 +159,8 @@ class OptimizerState:
         entries = []
         for parameter, values, others in self._state:
             tensors = {key: next(wholes) for key in values if key not in others}
-            entries.append([place[id(parameter)], tensors, {key: restore() for key, restore in others.items()}])
+            rest = {key: _remembered(values[key], restore) for key, restore in others.items()}
+            entries.append([place[id(parameter)], tensors, rest])
         return {"entries": entries, "groups": [dict(settings) for settings in self._settings]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -169,6 +171,7 @@ class OptimizerState:
         tensors: list[Tensor] = []
         for place, values, others in saved["entries"]:
             parameter = parameters[place]
+            others = {key: _beside(parameter, value) for key, value in others.items()}
             device = {key: _state_device(key, value, parameter) for key, value in values.items()}
             own = {key: value.to(device[key], copy=True) for key, value in values.items()}
             # What has the parameter's shape (a moment) lies where the parameter lies.
@@ -180,6 +183,24 @@ class OptimizerState:
         self._settings = saved["groups"]
         for group, settings in zip(self._groups, self._settings, strict=False):
             group.update({key: save(value) for key, value in settings.items()})
+
+
+def _remembered(value: Any, restore: Restore) -> Any:
+    """A copy of what ``restore`` would put back into ``value``, which stays as it is."""
+    present = save(value)
+    try:
+        return copy.deepcopy(restore())
+    finally:
+        present()
+
+
+def _beside(parameter: Tensor, value: Any) -> Any:
+    """Tensors in lists and dictionaries of a state come off a checkpoint on the CPU: copies where the parameter lies."""
+    if isinstance(value, Tensor):
+        return value.to(parameter.device, copy=True)
+    if type(value) in (list, tuple):
+        return type(value)([_beside(parameter, item) for item in value])
+    return {key: _beside(parameter, item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _state_device(key: str, value: Tensor, parameter: Tensor) -> torch.device:
