@@ -120,7 +120,11 @@ class OptimizerState:
         self._groups: list[dict[str, Restore]] = []
         self._settings: list[dict[str, Any]] = []
         kept = frozenset() if hooks else {name for name in vars(optimizer) if name.endswith("_hooks")}
-        self._attributes = Attributes([optimizer], skip=_OPTIMIZER_INTERNALS | kept)
+        # LBFGS has a list of the parameters: what is in them is no setting of the optimizer's.
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found = vars(optimizer).items()
+        lists = {name for name, value in found if isinstance(value, list) and own & set(map(id, value))}
+        self._attributes = Attributes([optimizer], skip=_OPTIMIZER_INTERNALS | kept | lists)
         self.copies = TensorCopies()
 
     def capture(self) -> None:
