@@ -32,8 +32,8 @@ class HeldRate:
 
     @property
     def start(self) -> float:
-        """The share of what a search says with which the run begins."""
-        return 1.0 if self.rule is None else self.rule.start
+        """The share of what a search says with which a run that begins now begins."""
+        return 1.0 if self.rule is None else self.rule.start_at(self._run.plan.progress)
 
     def move(self, progress: float) -> None:
         """Where a window is over: the rate rises, falls or stays, and a move is recorded."""

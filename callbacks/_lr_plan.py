@@ -27,6 +27,7 @@ class LRPlan:
 
     Attributes:
         horizon: The run's end.
+        began: Updates that had been made when the run came under our control; 0 but for a plain checkpoint's.
         updates: The run's (assumed) length in optimizer steps; NaN until a step has been timed.
         budget: What searching may cost.
         shape: Of the rate.
@@ -39,6 +40,7 @@ class LRPlan:
         self._settings = settings
         self._trainer = trainer
         self.averages = averages_weights(trainer.optimizers[0])
+        self.began = int(trainer.global_step)
         self._renew()
 
     def _renew(self) -> None:
@@ -57,7 +59,7 @@ class LRPlan:
         self.updates = updates
         known = self.horizon.known
         resolution = 0.0 if math.isnan(updates) else 1.0 / max(updates, 1.0)
-        self.budget = Budget(self._settings.search_budget, updates if known else math.inf)
+        self.budget = Budget(self._settings.search_budget, max(updates - self.began, 1.0) if known else math.inf)
         if self._settings.objective == "forecast":
             self.shape = Shape(warmup=0.0, decay=False)
             self.machine = self._published_machine(updates)
@@ -127,7 +129,8 @@ class LRPlan:
 
     def state_dict(self) -> dict[str, Any]:
         """As primitives."""
-        return {"unit": self.horizon.unit, "total": self.horizon.total, "updates": self.updates}
+        end = {"unit": self.horizon.unit, "total": self.horizon.total, "updates": self.updates}
+        return {**end, "began": self.began}
 
     def load_state_dict(self, saved: dict[str, Any]) -> float | None:
         """Takes up a saved plan.
@@ -135,7 +138,8 @@ class LRPlan:
         Returns:
             The saved run's length in units of the present one's; None where the end has not moved.
         """
-        unit, total = saved["unit"], saved["total"]
+        unit, total, self.began = saved["unit"], saved["total"], saved["began"]
+        self.set_updates(self.updates)
         if unit == self.horizon.unit and self.horizon.known:
             if math.isnan(self.updates):
                 self.set_updates(saved["updates"] * self.horizon.total / total)

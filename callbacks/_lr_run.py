@@ -93,7 +93,7 @@ class LRRun:
     @property
     def left(self) -> float:
         """Steps that searching may still cost now."""
-        return self.plan.budget.left(self.costs.spent, self.step, self.costs.first)
+        return self.plan.budget.left(self.costs.spent, self.step - self.plan.began, self.costs.first)
 
     @property
     def level(self) -> float:
@@ -144,7 +144,7 @@ class LRRun:
             self.validations.catch_up()
         with self.saved.as_one():
             self.verdicts.end()
-        reason, numbers = words.finished(self.costs, self.state, self.step)
+        reason, numbers = words.finished(self.costs, self.state, self.step, self.plan.began)
         self.record("finish", "end", reason, numbers={"lr": self.driver.last, **numbers})
 
     def epoch_started(self) -> None:

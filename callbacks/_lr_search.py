@@ -236,7 +236,8 @@ class LRSearches:
     def _opening(self, lr: float, reason: str) -> _Answer:
         """The first peak: the run's mean rate is to be that of the trial it rests on, which holds no peak."""
         if (share := self._share) != 1.0:
-            lr, reason = lr * share, f"{reason}, times {share:.2f} because the run holds its peak"
+            why = "the run holds its peak" if share < 1.0 else "the rate is coming down already"
+            lr, reason = lr * share, f"{reason}, times {share:.2f} because {why}"
         if (start := self._run.climb.start) != 1.0:
             reason = f"{reason}, times {start:.2f} because it can rise from there"
         answer = self._settings.clip(lr)
@@ -245,9 +246,11 @@ class LRSearches:
 
     @property
     def _share(self) -> float:
-        """A trial's mean share of its peak over the run's: a run that holds its peak bears less of it."""
+        """A trial's mean share of its peak over what is left of the run's: a run that holds its peak bears less of it."""
         shape = self._run.plan.shape
-        return 1.0 if self._run.driver.scheduled or not shape.decay else Shape(warmup=0.0).mean / shape.mean
+        if self._run.driver.scheduled or not shape.decay:
+            return 1.0
+        return Shape(warmup=0.0).mean() / shape.mean(self._run.plan.progress)
 
     @property
     def _usual(self) -> float | None:

@@ -128,7 +128,7 @@ def expected(outlook: Outlook, now: Probe) -> tuple[str, dict[str, Any]]:
     return reason, {"loss": now.loss, "prediction": value, "low": low, "high": high, "level": 0.8}
 
 
-def finished(costs: Costs, state: StageState, step: int) -> tuple[str, dict[str, Any]]:
+def finished(costs: Costs, state: StageState, step: int, began: int) -> tuple[str, dict[str, Any]]:
     """The sum at the run's end."""
     numbers: dict[str, Any] = {
         "trial_steps": costs.trial_steps,
@@ -137,4 +137,5 @@ def finished(costs: Costs, state: StageState, step: int) -> tuple[str, dict[str,
         "search_seconds": costs.seconds,
         "searches": state.searches,
     }
-    return f"searching cost {costs.spent / max(step, 1):.1%} of {step} updates", numbers
+    made = step - began
+    return f"searching cost {costs.spent / max(made, 1):.1%} of {made} updates", numbers

@@ -103,6 +103,13 @@ class Climb:
         """When a window is over that begins now, or with :attr:`begin`."""
         return max(progress, self.begin) + self.window
 
+    def start_at(self, progress: float) -> float:
+        """The gain with which a run begins; where it begins late, one that it can come back from."""
+        if progress <= self.begin:
+            return self.start
+        moves = max(int((self.end - progress) / self.window), 0) // (self.patience + 1)
+        return max(self.start, self.factor**-moves)
+
     def init(self, gain: float, progress: float = 0.0, reach: float = 1.0) -> ClimbState:
         """Nothing is known of the loss yet."""
         return ClimbState(due=self.first_due(progress), gain=gain, reach=reach)

@@ -49,15 +49,22 @@ class Shape:
         left = max(1.0 - progress, self.resolution, 1e-6)
         return min(1.0, left / (1.0 - max(self.warmup, self.decay_from)))
 
-    @property
-    def mean(self) -> float:
-        """Mean share of the peak over the run; 1 where the end is not known.
+    def mean(self, progress: float = 0.0) -> float:
+        """Mean share of the peak over the run, or what is left of it after its warm-up; 1 where the end is not known.
 
-        >>> round(Shape(warmup=0.0).mean, 3), round(Shape(warmup=0.0, decay_from=0.5).mean, 3)
+        >>> round(Shape(warmup=0.0).mean(), 3), round(Shape(warmup=0.0, decay_from=0.5).mean(), 3)
         (0.5, 0.75)
+        >>> round(Shape(decay_from=0.5).mean(0.4), 3), round(Shape(decay_from=0.5).mean(0.6), 3)
+        (0.583, 0.4)
         """
         held_until = max(self.warmup, self.decay_from)
-        return 0.5 * (1.0 + held_until - self.warmup) if self.decay else 1.0
+        if not self.decay:
+            return 1.0
+        if progress <= self.warmup:
+            return 0.5 * (1.0 + held_until - self.warmup)
+        falling = 1.0 - max(held_until, progress)
+        area = max(held_until - progress, 0.0) + 0.5 * falling * falling / (1.0 - held_until)
+        return area / max(1.0 - progress, 1e-6)
 
 
 @dataclass(frozen=True)

@@ -363,6 +363,20 @@ class TestCheckpointFile:
         assert resumed.trainer.global_step == 160
         assert resumed.witness.steps <= 121 + 0.5 * 160
 
+    @pytest.mark.parametrize("at", [39, 117, 143])
+    def test_a_fresh_controller_serves_what_is_left_of_the_run(self, tmp_path, monkeypatch, at):
+        """Its budget is a share of that, and it begins at no less than it can come back from."""
+        monkeypatch.undo()  # several searches
+        Run(tmp_path, tuned=False, callbacks=savers(tmp_path), max_steps=160)
+        resumed = Run(tmp_path / "b", ckpt=saved(tmp_path, f"step={at}"), max_steps=240)
+        budget = 0.5 * (240 - at)
+        assert sum(one.cost_steps for one in resumed.callback.decisions if one.kind != "rollback") <= budget
+        reason = searches(resumed.callback)[0].reason
+        assert ("because it can rise from there" in reason) == (at == 39)
+        assert ("because the rate is coming down already" in reason) == (at == 143)
+        done = resumed.callback.decisions[-1]
+        assert done.reason.endswith(f"of {240 - at} updates")
+
     def test_without_the_callback_the_checkpoint_is_plain(self, tmp_path):
         saved_run(tmp_path, max_steps=40)
         with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
