@@ -199,7 +199,7 @@ def _remembered(value: Any, restore: Restore) -> Any:
 
 
 def _beside(parameter: Tensor, value: Any) -> Any:
-    """Copies where the parameter lies: tensors in lists and dictionaries of a state come off a checkpoint on the CPU."""
+    """Copies where the parameter lies: what a state holds in lists comes off a checkpoint on the CPU."""
     if isinstance(value, Tensor):
         return value.to(parameter.device, copy=True)
     if type(value) in (list, tuple):

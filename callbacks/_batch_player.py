@@ -161,6 +161,6 @@ class BatchPlayer:
             "coming": None if self._coming is None else [list(astuple(self._coming[0])), self._coming[1]],
             "piece_limit": self._windows.piece_limit,
             "undoable": None if self._undoable is None else self._undoable.state_dict(),
-            "accumulate": int(trainer.accumulate_grad_batches),
+            "accumulate": self.loader.accumulate(trainer),
             "loader": self.loader.state_dict(trainer),
         }

@@ -246,7 +246,7 @@ class LRSearches:
 
     @property
     def _share(self) -> float:
-        """A trial's mean share of its peak over what is left of the run's: a run that holds its peak bears less of it."""
+        """A trial's mean share of its peak over that of what is left of the run: one that holds its peak bears less."""
         shape = self._run.plan.shape
         if self._run.driver.scheduled or not shape.decay:
             return 1.0

@@ -239,7 +239,7 @@ class AdaptiveBatchSize(Callback):
         return {
             **stamp(_STATE_VERSION, self._stamped()),
             **self._run.state_dict(),
-            "accumulate": int(trainer.accumulate_grad_batches),
+            "accumulate": self._loader.accumulate(trainer),
             "loader": self._loader.state_dict(trainer),
             "position": self._position.state_dict(trainer) if self._owns_position(trainer) else None,
             "decisions": self._run.log.saved(self.decisions),

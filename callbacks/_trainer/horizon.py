@@ -74,6 +74,8 @@ def plan(trainer: Any) -> Horizon:
         return Horizon("seconds", seconds, math.nan)
     if math.isinf(updates):
         why = "the loader has no length" if not unset else "neither max_steps, max_epochs nor max_time is set"
+        if unset and max_epochs == _UNSET_EPOCHS:
+            why += ": Lightning puts in max_epochs=1000 then; if you mean 1000, set max_epochs=1001 or max_steps"
         return Horizon("none", math.inf, assumed, why)
     if epoch_updates <= step_updates:
         return Horizon("examples", float(_epoch_examples(trainer) * max_epochs), updates)

@@ -47,6 +47,7 @@ class ResizableLoader:
         self._units = 0
         self._resized = False
         self._due: bool | None = None
+        self._left: int | None = None
 
     @property
     def sampler(self) -> ResizableBatchSampler:
@@ -78,7 +79,10 @@ class ResizableLoader:
         connector._prepare_dataloader, fit_loop.setup_data = prepare, setup_data
 
     def detach(self, trainer: Any) -> None:
-        """Undoes :meth:`attach`."""
+        """Undoes :meth:`attach`, and what a growth has made of the accumulation."""
+        if self._started and self._left is None and self._sampler is not None:
+            self._left = int(trainer.accumulate_grad_batches)
+            trainer.accumulate_grad_batches = self.first_accumulate
         vars(trainer._data_connector).pop("_prepare_dataloader", None)
         vars(trainer.fit_loop).pop("setup_data", None)
 
@@ -191,6 +195,10 @@ class ResizableLoader:
     def _done(self, trainer: Any) -> int:
         """Batches of the present epoch that were trained on; one whose step is under way is not."""
         return int(trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+
+    def accumulate(self, trainer: Any) -> int:
+        """Micro-batches an update; after a fit those at its end."""
+        return int(trainer.accumulate_grad_batches) if self._left is None else self._left
 
     def after_restore(self, trainer: Any) -> None:
         """The position in the data was restored: lengths again, now that the batches are handed out."""

@@ -110,6 +110,20 @@ def test_the_budget_is_used(tmp_path, budget):
     assert any(one.action == "set_lr" for one in callback.decisions)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "said"), [(1000, "if you mean 1000, set max_epochs=1001"), (1001, "ends at 240240")]
+)
+def test_a_thousand_epochs_are_what_lightning_puts_in_for_none(tmp_path, epochs, said):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    callback = AutoLRS(search_budget=0.001)
+    runner = trainer(tmp_path, callback, Stop(), max_epochs=epochs)
+    runner.fit(Tiny(), loader(), val_loader())
+    assert said in callback.decisions[0].reason
+
+
 def test_an_unknown_end_is_paid_by_what_has_been_done(tmp_path):
     from lightning.pytorch.callbacks import EarlyStopping
 
