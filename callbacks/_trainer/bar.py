@@ -39,26 +39,6 @@ class BarItems:
             vars(self._bar).pop("get_metrics", None)
 
 
-def quiet_bars(trainer: Any) -> list[Any]:
-    """The trainer's progress bar as a callback that hears nothing, to stand in for all callbacks during a trial.
-
-    The rich bar is redrawn by a thread of its own, whose columns ask the trainer for "the" progress bar and fail
-    where there is none. The stand-in shares the bar's state, and only its hooks do nothing.
-    """
-    bar = trainer.progress_bar_callback
-    if bar is None:
-        return []
-    hooks = [name for name in dir(bar) if name.startswith("on_") or name in ("setup", "teardown")]
-    quiet = type(type(bar).__name__, (type(bar),), dict.fromkeys(hooks, _nothing))
-    stand_in: Any = object.__new__(quiet)
-    stand_in.__dict__ = vars(bar)
-    return [stand_in]
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """A hook that does not listen."""
-
-
 def beside_bars() -> AbstractContextManager[Any]:
     """What is printed inside stands on lines of its own: live tqdm bars are cleared and drawn again below it.
 

@@ -1,10 +1,11 @@
 """Training and evaluating beside the run: Lightning's own step path on scratch loops.
 
 Inside :func:`side_loop` the trainer has another epoch loop (own results, own counters that continue from the real
-ones), another logger connector, no callbacks, silent loggers and no profiler. A step goes through
-``automatic_optimization.run`` as in training, so overrides, clipping, accumulation and precision are the user's;
-an evaluation is a whole run of Lightning's validation loop over the probe batches. Leaving the block puts every
-one of them back. Tensors, generators and the module's own state are :mod:`autotune.snapshot`'s affair.
+ones), another logger connector (which knows the real one's metrics), callbacks that hear nothing, silent loggers and no
+profiler. A step goes through ``automatic_optimization.run`` as in training, so overrides, clipping, accumulation and
+precision are the user's; an evaluation is a whole run of Lightning's validation loop over the probe batches. Leaving
+the block puts every one of them back. Tensors, generators and the module's own state are :mod:`autotune.snapshot`'s
+affair.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from autotune.callbacks._trainer.bar import quiet_bars
 from autotune.callbacks._trainer.namespaces import sibling
+from autotune.callbacks._trainer.quiet import stand_ins
 from autotune.callbacks._trainer.rates import averaged
 
 _SWAPPED = ("callbacks", "_logger_connector", "_loggers", "profiler", "should_stop", "_last_val_time")
@@ -37,7 +38,7 @@ class SideLoop:
         self._start = copy.deepcopy(epoch_loop.automatic_optimization.optim_progress)
         self._batch_idx = -1
         self._watch = _BatchWatch()
-        trainer.callbacks = [self._watch, *quiet_bars(trainer)]
+        trainer.callbacks = [self._watch, *stand_ins(trainer)]
 
     def rewind(self) -> None:
         """Counters go back to where the run is: every candidate sees the same ``global_step``."""
@@ -115,16 +116,20 @@ class SideLoop:
         loop._last_val_dl_reload_epoch = trainer.current_epoch
         connector = trainer._logger_connector
         first_loop_iter = connector._first_loop_iter
+        before = _metrics(connector)
         self._watch.begin()
         trainer.validating = True
         try:
             with averaged(trainer.optimizers):
                 loop.run()
-            logged = dict(connector._callback_metrics)
+            known = before["_callback_metrics"]
+            logged = {
+                name: value for name, value in connector._callback_metrics.items() if known.get(name) is not value
+            }
         finally:
             trainer.training = True
             connector._first_loop_iter = first_loop_iter
-            connector.reset_metrics()
+            vars(connector).update(before)
         singles = self._watch.batch_values
         return {name: (float(value), singles.get(name, [])) for name, value in logged.items() if value.numel() == 1}
 
@@ -155,6 +160,12 @@ class _BatchWatch(Callback):
 
 def _calls(trainer: Any) -> Any:
     return sibling(trainer, "trainer.call")
+
+
+def _metrics(connector: Any) -> dict[str, dict[str, Any]]:
+    """Copies of what a logger connector holds for whoever asks the trainer for its metrics."""
+    names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+    return {name: dict(getattr(connector, name)) for name in names}
 
 
 class _Aside:
@@ -245,7 +256,9 @@ def side_loop(trainer: Any, aside: Callable[[], AbstractContextManager[None]] = 
     folder = _Aside()
     trainer.save_checkpoint = _saves_training(trainer, real, aside)
     fit_loop.epoch_loop = _scratch_loop(trainer)
+    metrics = _metrics(trainer._logger_connector)
     trainer._logger_connector = type(trainer._logger_connector)(trainer)
+    vars(trainer._logger_connector).update(metrics)
     trainer._loggers = [_silent_logger(trainer, logger, folder) for logger in trainer._loggers]
     trainer.profiler = sibling(trainer, "profilers").PassThroughProfiler()
     trainer.training = True

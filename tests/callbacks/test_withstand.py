@@ -369,6 +369,36 @@ def test_validation_hooks_that_write_into_the_log_directory(tmp_path, name):
     assert lines == ["mine 0 48"] * 4
 
 
+class Asks(Tiny):
+    """A module that asks the trainer for its callbacks and for what was logged, and lets that flow into the loss."""
+
+    def on_validation_epoch_end(self):
+        best = self.trainer.checkpoint_callback.best_model_score
+        if best is not None:
+            self.log("best_val", best)
+
+    def training_step(self, batch, batch_idx):
+        self.trainer.checkpoint_callback.asked = True
+        metrics = self.trainer.callback_metrics
+        waits = self.trainer.early_stopping_callback.wait_count
+        loss = super().training_step(batch, batch_idx)
+        return loss * (1 + metrics["val_loss"] + 0.1 * waits) if self.current_epoch else loss
+
+
+def test_modules_that_ask_the_trainer_for_callbacks_and_metrics(tmp_path):
+    class Asked(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            found.add((trainer.global_step > 0, hasattr(trainer.checkpoint_callback, "asked")))
+
+    found = set()
+    extra = [ModelCheckpoint(tmp_path / "saved", monitor="val_loss"), EarlyStopping("val_loss", patience=50), Asked()]
+    settings = {"max_epochs": 4, "max_steps": -1, "enable_checkpointing": True}
+    callback, runner, _ = fit(tmp_path, Asks(), callbacks=extra, **settings)
+    assert any(one.step > 30 and one.cost_steps for one in searches(callback))
+    assert found == {(False, False), (True, True)}  # what a trial notes on a callback is not there in the run
+    assert 0 < float(runner.callback_metrics["best_val"]) < 2
+
+
 class TestShortRuns:
     @pytest.mark.parametrize("steps", [1, 2, 5])
     def test_shorter_than_a_search(self, tmp_path, steps):
