@@ -20,7 +20,7 @@ from autotune.callbacks._trainer.facts import (
     window_end,
     window_start,
 )
-from autotune.callbacks._trainer.guards import refuse_optimizers, refuse_unsupported
+from autotune.callbacks._trainer.guards import refuse_lazy, refuse_optimizers, refuse_unsupported
 from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
 from autotune.stage.settings import LRSettings, Mode, Objective, Proposals, SearchWhen
@@ -148,6 +148,7 @@ class AutoLRS(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Plans the run, or takes up a resumed one."""
         refuse_one_shot(trainer.fit_loop._combined_loader)
+        refuse_lazy(trainer, self)
         saved, self._saved = self._saved, None
         if saved is not None:
             self._position.restore(trainer, saved["position"])

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from autotune.callbacks._trainer.facts import callbacks_named
 from autotune.callbacks._trainer.namespaces import namespace_of
 from autotune.errors import UnsupportedSetupError
@@ -39,6 +41,22 @@ def refuse_optimizers(trainer: Any, controller: Any) -> None:
         )
     if not getattr(trainer.optimizers[0], "param_groups", None):
         raise UnsupportedSetupError(f"{name}: configure_optimizers returned no optimizer, so there is nothing to tune")
+
+
+def refuse_lazy(trainer: Any, controller: Any) -> None:
+    """Checks what is known when training starts.
+
+    Raises:
+        UnsupportedSetupError: Modules have no weights yet; the first trial would give them theirs.
+    """
+    named = trainer.lightning_module.named_parameters()
+    lazy = [name for name, parameter in named if is_lazy(parameter)]
+    if lazy:
+        raise UnsupportedSetupError(
+            f"{type(controller).__name__}: {', '.join(lazy)}: lazy modules have no weights yet, so there is no state "
+            "that trials could go back to; run a batch through the model before the fit, or leave Lightning its sanity "
+            "check (num_sanity_val_steps above 0)"
+        )
 
 
 def _manual(trainer: Any, _: Any) -> bool:
@@ -101,6 +119,11 @@ _CHECKS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
         lambda trainer, controller: hasattr(controller, "lr") and bool(callbacks_named(trainer, "BaseFinetuning")),
         "BaseFinetuning callbacks (BackboneFinetuning) add parameter groups while the rate is searched, and set their "
         "rates; make all groups in configure_optimizers and remove it (requires_grad=False keeps a part frozen)",
+    ),
+    "pruning": (
+        lambda trainer, _: bool(callbacks_named(trainer, "ModelPruning")),
+        "ModelPruning exchanges the module's tensors while it trains, so that nobody can go back to earlier weights; "
+        "prune in a fit of its own",
     ),
     "iterator": (
         _dataloader_iter,

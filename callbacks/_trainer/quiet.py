@@ -8,7 +8,7 @@ from typing import Any
 def stand_ins(trainer: Any) -> list[Any]:
     """In the place of all callbacks during a trial: those that the trainer has a name for.
 
-    A module may look up ``trainer.checkpoint_callback.best_model_score``, or how long ``early_stopping_callback`` waits.
+    A module may look up ``trainer.checkpoint_callback.best_model_score``, or the patience of early stopping.
     The rich bar is redrawn by a thread of its own, whose columns ask the trainer for "the" progress bar and fail where
     there is none; its stand-in shares the bar's state, the others have a copy, which a trial may write to.
     """

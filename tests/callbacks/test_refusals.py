@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -52,10 +53,32 @@ def refused(folder, error, match, module=None, callbacks=(), callback=None, val=
     return str(caught.value)
 
 
+class Lazy(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.LazyLinear(6)
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected")
+def test_lazy_modules_need_a_batch_before(tmp_path):
+    with pytest.raises(UnsupportedSetupError, match=r"first.weight, first.bias: lazy modules .* sanity check"):
+        trainer(tmp_path, AutoLRS(), max_steps=60, num_sanity_val_steps=0).fit(Lazy(), loader(batch=8), val_loader())
+    callback = AutoLRS(search_budget=0.5)
+    runner = trainer(tmp_path, callback, max_steps=120, num_sanity_val_steps=2)
+    runner.fit(Lazy(), loader(batch=8), val_loader())
+    assert runner.global_step == 120
+    assert callback.trial_steps
+
+
 @pytest.mark.parametrize(
     ("callback", "match"),
     [
         (lambda: LearningRateFinder(), "LearningRateFinder.*remove it"),
+        (lambda: ModelPruning("l1_unstructured", amount=0.1), "ModelPruning.*fit of its own"),
         (lambda: BackboneFinetuning(), "BackboneFinetuning.*all groups in configure_optimizers"),
         (lambda: StochasticWeightAveraging(1e-2), "StochasticWeightAveraging.*remove it"),
         (lambda: GradientAccumulationScheduler({0: 2}), "Trainer\\(accumulate_grad_batches=k\\)"),
