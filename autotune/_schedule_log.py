@@ -133,23 +133,41 @@ def _lr_factor(decision: Decision) -> float:
 
 def batches_of(decisions: Sequence[Decision]) -> tuple[tuple[int, int], ...]:
     """(start, batch), ascending; empty where the log does not speak of the batch."""
+    return _counts(decisions, ("batch_size", "batch"), ("previous_batch_size", "batch_before"))
+
+
+def accumulations_of(decisions: Sequence[Decision]) -> tuple[tuple[int, int], ...]:
+    """(start, micro-batches an update), ascending; empty where the log does not speak of them."""
+    return _counts(decisions, ("accumulate",))
+
+
+def _counts(
+    decisions: Sequence[Decision], names: tuple[str, ...], before: tuple[str, ...] = ()
+) -> tuple[tuple[int, int], ...]:
     found: list[tuple[int, int]] = []
     for decision in sorted(decisions, key=lambda decision: decision.effective_step):
         if decision.kind not in ("setup", "batch"):
             continue
-        if not found and (before := _batch(decision, "previous_batch_size", "batch_before")) is not None:
-            found.append((0, before))
-        batch = _batch(decision, "batch_size", "batch")
-        if batch is not None and (not found or batch != found[-1][1]):
+        if not found and (first := _count(decision, before)) is not None:
+            found.append((0, first))
+        count = _count(decision, names)
+        if count is not None and (not found or count != found[-1][1]):
             if found and found[-1][0] == decision.effective_step:
                 found.pop()
-            found.append((decision.effective_step, batch))
+            found.append((decision.effective_step, count))
     return tuple(found)
 
 
-def _batch(decision: Decision, *names: str) -> int | None:
-    sizes = (decision.numbers.get(name) for name in names)
-    return next((size for size in sizes if isinstance(size, int) and is_count(size)), None)
+def _count(decision: Decision, names: tuple[str, ...]) -> int | None:
+    counts = (decision.numbers.get(name) for name in names)
+    return next((count for count in counts if isinstance(count, int) and is_count(count)), None)
+
+
+def epochs_of(decisions: Sequence[Decision]) -> tuple[int | None, bool]:
+    """Examples an epoch shows, None where the log does not say; whether a last smaller micro-batch is left out."""
+    setups = [decision for decision in decisions if is_lr_setup(decision) or is_batch_setup(decision)]
+    examples = next((count for setup in setups if (count := _count(setup, ("epoch_examples",))) is not None), None)
+    return examples, any(setup.numbers.get("drop_last") is True for setup in setups)
 
 
 def ratios_of(setup: Decision | None) -> tuple[float, ...]:

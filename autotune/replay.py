@@ -22,7 +22,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
-from autotune._schedule_log import Plan, batches_of, is_batch_setup, is_lr_setup, peaks_of, plans_of, played, ratios_of
+from autotune._schedule_log import (
+    Plan,
+    accumulations_of,
+    batches_of,
+    epochs_of,
+    is_batch_setup,
+    is_lr_setup,
+    peaks_of,
+    plans_of,
+    played,
+    ratios_of,
+)
 from autotune.decision import Decision, read_decisions
 from autotune.errors import ConfigurationError, LogFormatError
 
@@ -45,6 +56,7 @@ class Schedule:
             for a run whose rate nobody controlled.
         peaks: (step, peak) from each step on, ascending.
         batches: (step, examples an update) from each step on, ascending; empty where the log does not say.
+        accumulations: (step, micro-batches an update), likewise.
         steps: Updates that the log covers.
         rates: What the peaks are: ``"lr"``, ``"peak_lr"`` under a scheduler of the user's, or ``"lr_multiplier"``
             for a run in which only the batch was controlled.
@@ -53,7 +65,8 @@ class Schedule:
         returns: Steps whose weights the run went back to later.
         resizes: The run had ``AdaptiveBatchSize``, whose decisions are among the events.
         scale_betas: It changed Adam's betas with the batch.
-        epoch_examples: Examples an epoch shows; None where the log does not say.
+        epoch_examples: Examples an epoch shows, micro-batches where no batch is known; None where the log does not say.
+        drop_last: Whether an epoch ends where less than a micro-batch is left.
     """
 
     plans: tuple[Plan, ...]
@@ -67,13 +80,15 @@ class Schedule:
     resizes: bool = False
     scale_betas: bool = False
     epoch_examples: int | None = None
+    drop_last: bool = False
+    accumulations: tuple[tuple[int, int], ...] = ()
 
     def peak(self, step: int) -> float:
         """The peak under which the update after ``step`` updates runs."""
         return _in_force(self.peaks, step)
 
     def batch_size(self, step: int) -> int | None:
-        """Examples in the update after ``step`` updates; None where the log does not say."""
+        """Examples in the update after ``step`` updates, an epoch's last may hold fewer; None where unknown."""
         return _in_force(self.batches, step) if self.batches else None
 
     def plan(self, step: int) -> Plan:
@@ -83,24 +98,37 @@ class Schedule:
     def progress(self, step: int) -> float:
         """Share of the run that is done after ``step`` updates.
 
-        Exact where the end is given in updates, or in examples and every update takes as many, or the log says how
-        many an epoch has. A run that was limited by time is spread evenly over its updates.
+        Exact where the end is given in updates, or in examples and the log says how many an epoch has; apart from
+        batches of the size before that workers had ready when the batch changed. A run that was limited by time is
+        spread evenly over its updates.
         """
         plan = self.plan(step)
-        if plan.in_examples and len(self.batches) > 1:
-            beyond = max(step - self.steps, 0) * (self.batch_size(step) or 0)
-            return (self._examples[min(step, self.steps)] + beyond) / max(plan.total, self._examples[-1])
+        if plan.in_examples and self.epoch_examples is not None:
+            while len(self._examples) <= step:
+                self._examples.append(self._after(len(self._examples) - 1))
+            return self._examples[step] / plan.total
         return step / plan.updates
 
     @cached_property
     def _examples(self) -> list[int]:
-        """Examples in the first n updates, for every n; an epoch's last update may hold fewer than the others."""
-        done = [0]
-        for step in range(self.steps):
-            batch = self.batch_size(step) or 0
-            left = batch if self.epoch_examples is None else self.epoch_examples - done[-1] % self.epoch_examples
-            done.append(done[-1] + min(batch, left))
-        return done
+        """Examples done after n updates, for as many n as were asked for."""
+        return [0]
+
+    def _after(self, step: int) -> int:
+        """Examples done after one more update: an epoch's last holds what is left, and what is dropped is done too."""
+        assert self.epoch_examples is not None
+        left = self.epoch_examples - self._examples[step] % self.epoch_examples
+        rest = left - min(self._counted(step), left)
+        if self.drop_last and rest < self._counted(step + 1) // self._accumulation(step + 1):
+            rest = 0
+        return self._examples[step] + left - rest
+
+    def _counted(self, step: int) -> int:
+        """What an update counts: examples, or micro-batches where the loader did not say how many they hold."""
+        return self.batch_size(step) or self._accumulation(step)
+
+    def _accumulation(self, step: int) -> int:
+        return _in_force(self.accumulations, step) if self.accumulations else 1
 
     def rate(self, step: int) -> float:
         """The first group's learning rate in the update after ``step`` updates.
@@ -165,7 +193,8 @@ class Schedule:
             for plan in self.plans
         ]
         found = {"plans": plans, "peaks": self.peaks, "batches": self.batches, "lr_ratios": self.ratios}
-        json.dump({**found, "updates": self.rows()}, file, indent=1)
+        epochs = {"epoch_examples": self.epoch_examples, "accumulations": self.accumulations}
+        json.dump({**found, **epochs, "updates": self.rows()}, file, indent=1)
         file.write("\n")
 
 
@@ -211,7 +240,7 @@ def schedule_of(decisions: list[Decision], name: str = "the log") -> Schedule:
     if not peaks:
         raise LogFormatError(f"{name} has no decision that sets a learning rate: the run ended before its first search")
     rates: Rates = "lr_multiplier" if setup is None else "peak_lr" if setup.numbers.get("scheduler") is True else "lr"
-    examples = None if batch is None else batch.numbers.get("epoch_examples")
+    examples, drop_last = epochs_of(decisions)
     return Schedule(
         plans=plans_of(decisions, steps),
         peaks=peaks,
@@ -225,5 +254,7 @@ def schedule_of(decisions: list[Decision], name: str = "the log") -> Schedule:
         ),
         resizes=batch is not None,
         scale_betas=batch is not None and batch.numbers.get("scale_betas") is True,
-        epoch_examples=examples if isinstance(examples, int) and examples > 0 else None,
+        epoch_examples=examples,
+        drop_last=drop_last,
+        accumulations=accumulations_of(decisions),
     )

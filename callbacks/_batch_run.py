@@ -121,6 +121,7 @@ class BatchRun:
             "lr_scaling": scaling,
             "scale_betas": scales_betas(scaling),
             "epoch_examples": self.tools.loader.sampler.examples * self._split.ranks,
+            "drop_last": self.tools.loader.sampler.drop_last,
         }
 
     # ------------------------------------------------------------------ the loop's moments

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from autotune.callbacks._lr_run import LRRun
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._saved import check_origin, stamp
+from autotune.callbacks._trainer import horizon as horizons
 from autotune.callbacks._trainer.bar import show_on_bar
 from autotune.callbacks._trainer.data import refuse_one_shot
 from autotune.callbacks._trainer.facts import (
@@ -233,6 +234,7 @@ class AutoLRS(Callback):
             "lr_ratios": list(run.driver.ratios),
             "scheduler": run.driver.scheduled,
             "shape": plan.shape_numbers(),
+            **horizons.epoch_numbers(trainer),
             "versions": versions(),
         }
 

@@ -39,13 +39,18 @@ class Horizon:
 
 def batch_examples(trainer: Any) -> int:
     """Examples in one micro-batch on all ranks (1 where the loader does not say)."""
+    return max(_micro_batches(trainer), default=1) * int(trainer.world_size)
+
+
+def _micro_batches(trainer: Any) -> list[int]:
+    """Of each loader that says it, on one rank."""
     sizes = []
     for loader in trainer.fit_loop._combined_loader.flattened:
         size = getattr(loader, "batch_size", None)
         if size is None:
             size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-        sizes.append(int(size) if size else 1)
-    return max(sizes, default=1) * int(trainer.world_size)
+        sizes += [int(size)] if size else []
+    return sizes
 
 
 def updates_an_epoch(trainer: Any) -> float:
@@ -109,6 +114,17 @@ def _epoch_examples(trainer: Any) -> int:
     if sampler is not None:
         return int(sampler.examples * trainer.world_size)
     return int(trainer.num_training_batches * batch_examples(trainer))
+
+
+def epoch_numbers(trainer: Any) -> dict[str, Any]:
+    """What an update counts in :func:`done`, for the log: what is not known is left out."""
+    accumulate, sampler = int(trainer.accumulate_grad_batches), _resizable(trainer)
+    found: dict[str, Any] = {"accumulate": accumulate, "drop_last": sampler is not None and bool(sampler.drop_last)}
+    if _micro_batches(trainer):
+        found["batch"] = batch_examples(trainer) * accumulate
+    if math.isfinite(trainer.num_training_batches):
+        found["epoch_examples"] = _epoch_examples(trainer)
+    return found
 
 
 def _timer(trainer: Any) -> Any:

@@ -115,7 +115,7 @@ def test_the_newest_of_several_logs_is_replayed_and_named(tmp_path, capsys):
     assert main(["replay", str(tmp_path)]) == 0
     shown = capsys.readouterr()
     assert "this is the newest" in shown.err
-    assert shown.out.startswith("step,lr\n0,")
+    assert shown.out.startswith("step,lr,batch_size\n0,")
 
 
 def test_an_unwritable_output_is_named(tiny, capsys):

@@ -144,16 +144,30 @@ def test_a_run_that_began_from_a_plain_checkpoint_is_replayed_from_it(tmp_path):
     assert same(first, second)
 
 
-def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path):
-    trainer, _ = train(tmp_path, [AutoLRS(search_budget=0.5)])
+@pytest.mark.parametrize(
+    ("limits", "plan", "batch"),
+    [
+        ({}, ("steps", 120.0), 32),
+        ({"max_epochs": 2}, ("examples", 2 * 608.0), 32),
+        ({"max_epochs": 4, "accumulate_grad_batches": 3}, ("examples", 4 * 608.0), 96),
+        ({"max_epochs": 4, "accumulate_grad_batches": 4}, ("examples", 4 * 608.0), 128),
+        ({"max_epochs": 4, "accumulate_grad_batches": 4, "limit_train_batches": 9}, ("examples", 4 * 288.0), 128),
+    ],
+    ids=["steps", "epochs", "3 an update", "4 an update", "limited"],
+)
+def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path, limits, plan, batch):
+    """An epoch of 19 batches, or 9, ends in a short window: it counts as short as it is."""
+    limits = {"max_steps": -1, **limits} if limits else {}
+    trainer, _ = train(tmp_path, [AutoLRS(search_budget=0.5)], **limits)
+    updates = trainer.global_step
     logged = [float(text) for text in column(trainer, "autotune/lr")]
     schedule = load_schedule(trainer.log_dir)
-    assert [schedule.rate(step) for step in range(120)] == logged
+    assert [schedule.rate(step) for step in range(updates)] == logged
 
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=5.0)
     scheduler = schedule.lambda_lr(optimizer)
     seen = []
-    for _ in range(120):
+    for _ in range(updates):
         seen.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
@@ -164,11 +178,12 @@ def test_lambda_lr_and_files_hold_what_the_run_did(tmp_path):
     schedule.write_csv(text)
     rows = list(csv.DictReader(io.StringIO(text.getvalue())))
     assert [(int(row["step"]), float(row["lr"])) for row in rows] == list(enumerate(logged))
+    assert {int(row["batch_size"]) for row in rows} == {batch}
     text = io.StringIO()
     schedule.write_json(text)
     whole = json.loads(text.getvalue())
     assert [row["lr"] for row in whole["updates"]] == logged
-    assert [(plan["step"], plan["unit"], plan["total"]) for plan in whole["plans"]] == [(0, "steps", 120.0)]
+    assert [(found["step"], found["unit"], found["total"]) for found in whole["plans"]] == [(0, *plan)]
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
