@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +58,15 @@ class Series:
         return Series(self.steps[index], self.values[index])
 
 
-def read_metrics(folder: Path) -> tuple[dict[str, Series], list[str]]:
+def read_metrics(folder: Path, first_step: int = 0) -> tuple[dict[str, Series], list[str]]:
     """Every scalar found in ``folder``: a ``metrics.csv``, TensorBoard event files.
 
+    Args:
+        folder: Where the loggers wrote.
+        first_step: The step at which the run began; event files of an earlier run are left out.
+
     Returns:
-        Series by name, and one sentence for each file that could not be read.
+        Series by name, and one sentence for each file that could not be read or is left out.
     """
     metrics: dict[str, Series] = {}
     problems: list[str] = []
@@ -72,7 +77,7 @@ def read_metrics(folder: Path) -> tuple[dict[str, Series], list[str]]:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             problems.append(f"{table} cannot be read ({error}).")
     if any(folder.glob("events.out.tfevents.*")):
-        found, problem = _read_tensorboard(folder)
+        found, problem = _read_tensorboard(folder, first_step)
         metrics = {**found, **metrics}
         problems += problem
     return metrics, problems
@@ -99,15 +104,51 @@ def _number(text: object) -> float | None:
         return None
 
 
-def _read_tensorboard(folder: Path) -> tuple[dict[str, Series], list[str]]:
+#: What one event file holds: (step, value) by name, in the order in which they were written.
+_Points = dict[str, list[tuple[float, float]]]
+
+
+def _read_tensorboard(folder: Path, first_step: int) -> tuple[dict[str, Series], list[str]]:
+    """A resumed run's later file goes on from where it begins; a later run's own begins before any could go on."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
         return {}, [f"{folder} holds TensorBoard files; they can be shown once tensorboard is installed."]
-    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
-    try:
-        reader.Reload()
-    except Exception as error:  # the reader raises whatever its record parser met
-        return {}, [f"The TensorBoard files in {folder} cannot be read ({error})."]
-    names = reader.Tags()["scalars"]
-    return {name: Series.of([(e.step, e.value) for e in reader.Scalars(name)]) for name in names}, []
+    kept: _Points = {}
+    problems: list[str] = []
+    for file in sorted(folder.glob("events.out.tfevents.*"), key=_created):
+        reader = EventAccumulator(str(file), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+        try:
+            reader.Reload()
+        except Exception as error:  # the reader raises whatever its record parser met
+            problems.append(f"{file} cannot be read ({error}).")
+            continue
+        points = {name: [(e.step, e.value) for e in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+        begin, another = _beginning(points, first_step)
+        before = sum(map(len, kept.values()))
+        kept = {} if another else {name: [pair for pair in pairs if pair[0] <= begin] for name, pairs in kept.items()}
+        if left_out := before - sum(map(len, kept.values())):
+            why = "begins another run" if another else f"goes on from step {begin:.0f}"
+            problems.append(f"{file.name} {why}: {left_out} values of files before it are left out.")
+        for name, pairs in points.items():
+            kept.setdefault(name, []).extend(pairs)
+    return {name: Series.of(pairs) for name, pairs in kept.items() if pairs}, problems
+
+
+def _created(file: Path) -> tuple[int, int, str]:
+    """The time in the name of an event file; of one second, in the order of the writer's count at the name's end."""
+    seconds = file.name.split(".")[3]
+    return int(seconds) if seconds.isdecimal() else 0, len(file.name), file.name
+
+
+def _beginning(points: _Points, first_step: int) -> tuple[float, bool]:
+    """The step from which a file tells of the run, and whether that is the run's very first part.
+
+    The longest curve says so: hyperparameters and results stand at step 0 in every file. Where a file begins before
+    the second row of a run could be due, nothing of the run was logged before it.
+    """
+    if not points:
+        return math.inf, False
+    steps = [step for step, _ in max(points.values(), key=len)]
+    every = steps[1] - steps[0] if len(steps) > 1 else 0.0
+    return steps[0], steps[0] < first_step + max(every, 1.0)

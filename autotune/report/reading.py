@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from autotune.errors import LogFormatError
 from autotune.report.metrics import Series, read_metrics
 
 LOG_NAME = "decisions.jsonl"
+#: Another run's log, put aside.
+_KEPT = re.compile(r"decisions\.\d+\.jsonl")
 
 #: Problems of one sort are told this often, then counted.
 _TOLD = 3
@@ -94,8 +97,12 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if log.is_file():
         decisions, found = _read_tolerantly(log)
         problems += found
-    metrics, found = read_metrics(log.parent)
-    problems += found
+    if _KEPT.fullmatch(log.name) and (log.parent / LOG_NAME).is_file():
+        metrics: dict[str, Series] = {}
+        problems.append(f"{log} was kept when another run began in its folder: the curves there are not its own.")
+    else:
+        metrics, found = read_metrics(log.parent, min((decision.step for decision in decisions), default=0))
+        problems += found
     if not decisions and not metrics:
         raise LogFormatError(" ".join(problems) or f"{log} holds no decision, and there are no metrics beside it")
     return Run(_name_of(log), log, tuple(decisions), metrics, tuple(problems))

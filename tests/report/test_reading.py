@@ -2,18 +2,23 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from real_run import train
 
 from autotune import Decision
+from autotune.callbacks import AutoLRS, DecisionLogger
 from autotune.decision import encode
 from autotune.errors import LogFormatError
 from autotune.report.metrics import Series
 from autotune.report.reading import distinct, read_run
 from autotune.report.summary import rows, summarise
 from autotune.report.tracks import batch_size, examples_axis, forecasts, learning_rate, losses
+from tests.callbacks.harness import Save
 
 
 def log(folder, *lines):
@@ -207,6 +212,48 @@ def test_metrics_of_tensorboard(tmp_path):
     run = read_run(log(tmp_path, line()))
     assert len(run.metrics["val_loss"].steps) == 2000
     assert run.metrics["val_loss"].values[-1] == pytest.approx(1 / 2000)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+def test_curves_are_those_of_the_logs_own_run(tmp_path):
+    """Two fits and a resumed one write into one folder: each part begins where it does, and the first is another's."""
+
+    def fit(**kwargs):
+        logger = TensorBoardLogger(tmp_path, name="", version="one", default_hp_metric=True)
+        logger.log_hyperparams({"size": 3})  # at step 0, as every part of a run does
+        callbacks = [AutoLRS(search_budget=0.5), DecisionLogger(), Save(tmp_path / f"{len(runs)}.ckpt", 57)]
+        runs.append(train(tmp_path, callbacks, logger=logger, **kwargs)[0])
+        return read_run(tmp_path / "one")
+
+    runs = []
+    alone = fit(max_steps=150)
+    assert alone.problems == ()
+    assert alone.metrics["autotune/lr"].steps.tolist() == list(range(150))
+    own = fit(max_steps=100)
+    assert own.metrics["autotune/lr"].steps.tolist() == list(range(100))
+    assert own.metrics["epoch"].steps[-1] == 99
+    assert len(own.problems) == 1
+    assert re.fullmatch(r"\S+ begins another run: \d+ values of files before it are left out\.", own.problems[0])
+    resumed = fit(max_steps=80, ckpt_path=tmp_path / "1.ckpt")
+    assert resumed.metrics["train_loss"].steps.tolist() == list(range(80))
+    first = own.metrics["train_loss"].values[:57].tolist()
+    assert resumed.metrics["train_loss"].values[:57].tolist() == first
+    assert "goes on from step 57" in resumed.problems[-1]
+    kept = read_run(tmp_path / "one" / "decisions.1.jsonl")
+    assert (len(kept.metrics), kept.last_step) == (0, 150)
+    assert "kept when another run began in its folder" in kept.problems[0]
+
+
+def test_a_run_that_logs_seldom_begins_before_its_second_row_is_due(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for steps in (range(200), range(49, 150, 50)):
+        with SummaryWriter(tmp_path) as writer:
+            for step in steps:
+                writer.add_scalar("train_loss", len(steps), step)
+    assert read_run(log(tmp_path, line(step=0))).metrics["train_loss"].steps.tolist() == [49, 99, 149]
 
 
 def test_metrics_that_cannot_be_read_are_told(tmp_path):
