@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from autotune.callbacks._lr_ledger import BestWeights
@@ -89,9 +90,9 @@ class RatePlayer:
 
     def _progress(self, step: int) -> float:
         # A run whose end was given in examples counts them, so that a short last window of an epoch counts as
-        # short as it did then.
+        # short as it did then. A stream has no length to count them by, and goes by its updates.
         plan = self._schedule.plan(step)
-        if plan.in_examples:
+        if plan.in_examples and math.isfinite(self._trainer.num_training_batches):
             horizon = horizons.Horizon(plan.unit, plan.total, plan.updates)
             return float(horizons.done(self._trainer, horizon) / plan.total)
         return self._schedule.progress(step)

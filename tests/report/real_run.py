@@ -4,7 +4,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 
 class Net(L.LightningModule):
@@ -41,7 +41,15 @@ class Bomb(L.Callback):
                     parameter.mul_(100.0)
 
 
-def train(folder, callbacks, scheduler=False, ckpt_path=None, **kwargs):
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+def train(folder, callbacks, scheduler=False, ckpt_path=None, stream=False, **kwargs):
     L.seed_everything(1, verbose=False)
     model = Net(scheduler)
     generator = torch.Generator().manual_seed(0)
@@ -61,5 +69,6 @@ def train(folder, callbacks, scheduler=False, ckpt_path=None, **kwargs):
         }
     )
     train_set, val_set = TensorDataset(inputs[:600], labels[:600]), TensorDataset(inputs[600:], labels[600:])
-    trainer.fit(model, DataLoader(train_set, 32, shuffle=True), DataLoader(val_set, 100), ckpt_path=ckpt_path)
+    loader = DataLoader(Stream(train_set), 32) if stream else DataLoader(train_set, 32, shuffle=True)
+    trainer.fit(model, loader, DataLoader(val_set, 100), ckpt_path=ckpt_path)
     return trainer, model

@@ -52,6 +52,12 @@ def test_a_replay_is_the_run_bit_for_bit(tmp_path, limits):
     assert same(first, second)
 
 
+def test_a_stream_without_a_length_is_replayed_by_its_updates(tmp_path):
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5)], max_steps=-1, max_epochs=3)
+    second = train(tmp_path / "b", [ReplaySchedule(first[0].log_dir)], stream=True, max_steps=-1, max_epochs=3)
+    assert column(second[0], "autotune/lr") == column(first[0], "autotune/lr")
+
+
 def test_a_rollback_is_replayed_and_a_replay_too(tmp_path):
     first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb()])
     rollbacks = [d for d in read_decisions(first[0].log_dir) if d.action == "roll_back"]
