@@ -38,6 +38,7 @@ class BatchPlayer:
         self._schedules = ExampleSchedules(self.loader)
         self._split = Split(1, 1)
         self._before = self._split
+        self._ceiling = 0
         self._coming: tuple[Split, int] | None = None
         self._undoable: WayBack | None = None
         self._trainer: Any = None
@@ -64,7 +65,16 @@ class BatchPlayer:
         """The loaders are set up: looks at the batch, or goes on where a resumed run stopped."""
         self.loader.start(trainer)
         self._schedules.attach(trainer)
-        self._split = Split(self.loader.first_size, trainer.accumulate_grad_batches, trainer.world_size)
+        first, ranks = self.loader.first_size, trainer.world_size
+        self._split = Split(first, trainer.accumulate_grad_batches, ranks)
+        # As in the logged run no update is made of more than an epoch.
+        self._ceiling = self.loader.sampler.examples // first * first * ranks
+        largest = max((batch for _, batch in self._schedule.batches[1:]), default=0)
+        if largest > (most := max(self._ceiling, self._split.examples)):
+            warn(
+                f"the logged batch grows to {largest} examples, more than an epoch here has: it is kept to {most} at "
+                "most, and the learning rates are played as they were"
+            )
         if saved is not None:
             self._go_on(trainer, module, saved)
         elif self._split.examples != (logged := self._schedule.batch_size(0)) and logged is not None:
@@ -115,12 +125,16 @@ class BatchPlayer:
             self._windows.piece_limit = limit
 
     def _meant(self, record: Decision) -> Split:
-        """The split of a growth; on another number of ranks the nearest batch there is."""
+        """The split of a growth; on another number of ranks, or in a shorter epoch, the nearest batch there is."""
         micro, accumulate, batch = (record.numbers.get(key) for key in ("micro", "accumulate", "batch"))
         ranks = self._split.ranks
+        if not isinstance(batch, int):
+            return self._split
+        if batch > self._ceiling:
+            return plan(batch, self._split, max_examples=self._ceiling, unit=self.loader.first_size)
         if isinstance(micro, int) and isinstance(accumulate, int) and micro * accumulate * ranks == batch:
             return Split(micro, accumulate, ranks)
-        return plan(batch, self._split) if isinstance(batch, int) else self._split
+        return plan(batch, self._split)
 
     def _take_effect(self, trainer: Any, module: Any) -> None:
         assert self._coming is not None

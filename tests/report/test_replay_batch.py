@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from autotune import read_decisions
 from autotune.callbacks import AdaptiveBatchSize, AutoLRS, ReplaySchedule
@@ -50,7 +50,7 @@ class Net(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
 
 
-def train(folder, callbacks, ckpt_path=None, workers=0, batch=8, drop_last=False, **settings):
+def train(folder, callbacks, ckpt_path=None, workers=0, batch=8, drop_last=False, count=905, **settings):
     module = {key: settings.pop(key) for key in ("optimizer", "scheduler", "explodes") if key in settings}
     L.seed_everything(1, verbose=False)
     model = Net(**{"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), **module})
@@ -72,7 +72,8 @@ def train(folder, callbacks, ckpt_path=None, workers=0, batch=8, drop_last=False
             **settings,
         }
     )
-    train_set = DataLoader(data, batch, shuffle=True, num_workers=workers, drop_last=drop_last)
+    shown = Subset(data, range(count))
+    train_set = DataLoader(shown, batch, shuffle=True, num_workers=workers, drop_last=drop_last)
     trainer.fit(model, train_set, DataLoader(TensorDataset(x[:200], y[:200]), 200), ckpt_path=ckpt_path)
     return trainer, model
 
@@ -232,6 +233,21 @@ def test_what_does_not_fit_is_said(tmp_path):
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.5 * grow.numbers["lr_gain"]
+
+
+def test_a_batch_is_kept_within_an_epoch_of_less_data(tmp_path):
+    """Where the last batch is dropped no update would be made any more."""
+    first = train(tmp_path / "a", [growing()], **SGD)
+    largest = max(batch for _, batch in load_schedule(first[0].log_dir).batches)
+    assert largest > 20
+    replay = ReplaySchedule(first[0].log_dir)
+    updates = first[0].global_step
+    settings = {"count": 20, "drop_last": True, "max_epochs": -1, "max_steps": updates}
+    with pytest.warns(UserWarning, match=f"grows to {largest} examples, .* kept to 16 at most") as told:
+        trainer, model = train(tmp_path / "b", [replay], **settings, **SGD)
+    assert sum("kept to" in str(one.message) for one in told) == 1
+    assert trainer.global_step == updates
+    assert [len(batch) for batch in (model.seen[0], model.seen[-1])] == [8, 16]
 
 
 @pytest.mark.parametrize("settings", [{}, {"drop_last": True}], ids=["whole", "cut off"])
