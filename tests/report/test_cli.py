@@ -2,6 +2,8 @@
 
 import csv
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -210,6 +212,17 @@ def test_watch_serves_loopback_and_follows(server, tiny, tmp_path):
         get(f"{server.url}news?have={urllib.request.quote(version)}")
     assert nothing_new.value.code == 304
     nothing_new.value.close()
+
+
+def test_a_browser_may_leave_while_the_page_loads(server, monkeypatch, capsys):
+    done, close = threading.Event(), server.shutdown_request
+    monkeypatch.setattr(server, "shutdown_request", lambda request: (close(request), done.set()))
+    with socket.create_connection(server.server_address) as browser:
+        browser.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        browser.recv(100)
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+    assert done.wait(10)
+    assert capsys.readouterr().err == ""
 
 
 def test_watch_refuses_foreign_hosts_and_paths(server):
