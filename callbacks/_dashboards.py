@@ -44,10 +44,14 @@ class Dashboard:
     def decision(self, decision: Decision) -> None:
         """Shows one decision."""
         if decision.kind == "setup":
-            self._setups.append(decision)
-            self.configuration(settings(self._setups))
+            self.setup(decision)
         elif values := scalars_of(decision):
             self._logger.log_metrics(values, step=decision.step)
+
+    def setup(self, decision: Decision) -> None:
+        """Takes one setup record in, a resumed run's earlier ones too."""
+        self._setups.append(decision)
+        self.configuration(settings(self._setups))
 
     def configuration(self, found: Mapping[str, Any]) -> None:
         """Shows what the run was configured with: once for each controller, and all of it each time."""

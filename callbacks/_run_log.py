@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class RunLog:
         self._places: list[tuple[int, Decision]] = []
         self._log: DecisionLog | None = None
         self._subscribers: list[Callable[[Decision], None]] = []
+        self._hear_earlier: list[Callable[[Sequence[Decision]], None]] = []
         self._warned = False
         self._opened = False
 
@@ -71,6 +72,8 @@ class RunLog:
             if not self._trainer.is_global_zero or getattr(self._trainer, "fast_dev_run", False):
                 return None
             history = [decision for _, decision in self._places]
+            for hear in self._hear_earlier:
+                hear(history)
             self._log = DecisionLog(directory / "decisions.jsonl", history)
             self._complain()
         return self.path
@@ -80,9 +83,13 @@ class RunLog:
         """Where the log lies; None before :meth:`open`, or on a rank that does not write."""
         return None if self._log is None else self._log.path
 
-    def subscribe(self, listener: Callable[[Decision], None]) -> None:
-        """``listener`` is called with every further decision, on rank zero."""
+    def subscribe(self, listener: Callable[[Decision], None], earlier: Callable[[Sequence[Decision]], None]) -> None:
+        """On rank zero ``earlier`` is called with a resumed run's first part, ``listener`` with every decision since.
+
+        The first part is whole when the log is opened, before any decision since.
+        """
         self._subscribers.append(listener)
+        self._hear_earlier.append(earlier)
 
     def write(self, decision: Decision) -> None:
         """Records one decision everywhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class DecisionLogger(Callback):
         self._run_log = RunLog.of(trainer)
         quiet = getattr(trainer, "fast_dev_run", False)
         self._dashboards = [] if quiet else [dashboard_for(logger) for logger in trainer.loggers]
-        self._run_log.subscribe(self._on_decision)
+        self._run_log.subscribe(self._on_decision, self._on_earlier)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Puts learning rate and batch on the progress bar, where there is one."""
@@ -69,6 +70,12 @@ class DecisionLogger(Callback):
     def _on_decision(self, decision: Decision) -> None:
         self._decisions.append(decision)
         self._each("decision", decision)
+
+    def _on_earlier(self, decisions: Sequence[Decision]) -> None:
+        """A resumed run's dashboards may be new ones: they get the configuration; the file has the rest."""
+        for decision in decisions:
+            if decision.kind == "setup":
+                self._each("setup", decision)
 
     def _finish(self) -> None:
         if self._bar is not None:

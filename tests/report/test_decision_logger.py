@@ -18,6 +18,7 @@ from autotune.callbacks import DecisionLogger
 from autotune.callbacks._dashboards import COLUMNS, scalars_of
 from autotune.callbacks._run_log import RunLog
 from autotune.decision import read_decisions
+from tests.callbacks.harness import Save
 
 
 class Controller(L.Callback):
@@ -83,6 +84,22 @@ def test_csv_holds_every_scalar(tmp_path, tiny):
     hparams = yaml.safe_load((folder / "hparams.yaml").read_text())
     assert hparams["autotune/search_budget"] == 0.6
     assert hparams["autotune/versions/torch"] == torch.__version__
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_resumed_runs_new_folder_has_the_configuration(tmp_path):
+    from real_run import train
+
+    from autotune.callbacks import AutoLRS
+
+    save = Save(tmp_path / "mid.ckpt", 30)
+    whole, _ = train(tmp_path, [AutoLRS(search_budget=0.5), DecisionLogger(), save], max_steps=60)
+    rest, _ = train(tmp_path, [AutoLRS(search_budget=0.5), DecisionLogger()], max_steps=90, ckpt_path=save.path)
+    assert whole.log_dir != rest.log_dir
+    first, second = (yaml.safe_load(Path(one.log_dir, "hparams.yaml").read_text()) for one in (whole, rest))
+    assert first["autotune/search_budget"] == 0.5
+    assert second == {**first, "autotune/horizon/total": 90.0, "autotune/horizon/updates": 90.0}
 
 
 def test_tensorboard_holds_scalars_layout_pictures_texts_and_hparams(tmp_path, tiny):
