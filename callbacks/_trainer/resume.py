@@ -12,7 +12,6 @@ drawn batch by batch from a global generator (an unusual sampler of the user's o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,9 +57,12 @@ class DataPosition:
         val_loop.reset = reset
 
     def detach(self, trainer: Any) -> None:
-        """Undoes :meth:`attach`."""
+        """Undoes :meth:`attach`, and what a resumed run's beginning has left."""
         vars(trainer.fit_loop._data_source).pop("dataloader", None)
-        vars(trainer.fit_loop.epoch_loop.val_loop).pop("reset", None)
+        epoch_loop = trainer.fit_loop.epoch_loop
+        vars(epoch_loop).pop("on_run_start", None)
+        vars(epoch_loop.val_loop).pop("reset", None)
+        vars(epoch_loop.val_loop).pop("increment_progress_to_evaluation_end", None)
 
     def epoch_start(self, trainer: Any) -> None:
         """An epoch begins: remembers the generators; after an epoch-end resume draws the order Lightning would not."""
@@ -95,7 +97,8 @@ class DataPosition:
         # With an exception on its way the ranks may not all be here.
         together = trainer.state.status.value != "interrupted"
         ranks = Agreement(trainer).gather(mine) if together else [mine]
-        return {"batches": done if inside else 0, "inside": inside, "ranks": ranks}
+        due = validation_due(trainer)
+        return {"batches": done if inside else 0, "inside": inside, "validation_due": due, "ranks": ranks}
 
     def restore(self, trainer: Any, saved: dict[str, Any]) -> None:
         """Brings loader and generators to where they were when ``saved`` was taken."""
@@ -114,44 +117,45 @@ class DataPosition:
             self._fast_forward(trainer, saved["batches"])
         else:
             self._iterate_at_epoch_start = True
-        if saved["inside"] and not saved["batches"]:
-            # The epoch's first batch is fetched again, which draws the order; with no batch done Lightning takes a
-            # validation for due.
-            _passing_over_validation(trainer, lambda: self._apply_again(trainer))
-        else:
+        if saved["batches"] or not saved["inside"]:
+            # Else the epoch's first batch is fetched again, which draws the order.
             _apply(saved["now"], _generators(trainer))
         fit_loop = trainer.fit_loop
         at_last_batch = fit_loop.restarted_mid_epoch and fit_loop.epoch_loop.restarted_on_train_batch_end
         if self._iterate_at_epoch_start and at_last_batch:
-            # Saved at an epoch's last batch, before its validation: Lightning begins the next epoch without its start
-            # hook, without an iter(), and without counting it, so that a checkpoint of that epoch would be taken for
-            # one of the epoch before. Saved after the validation it does all three.
-            _set_epoch(trainer, fit_loop.epoch_progress.current.processed)
-            before = _capture(_generators(trainer))
-            self.epoch_start(trainer)
-            _passing_over_validation(trainer, lambda: self._open_again(trainer, before))
+            self._begin_next_epoch(trainer, saved)
+        elif not saved["validation_due"]:
+            _pass_over_no_validation(trainer)
+
+    def _begin_next_epoch(self, trainer: Any, saved: dict[str, Any]) -> None:
+        """Saved at an epoch's last batch, before a validation after it.
+
+        Lightning begins the next epoch without its start hook, without an iter(), and without counting it, so that a
+        checkpoint of that epoch would be taken for one of the epoch before; and asks the new epoch whether a validation
+        was due in the old one. Saved after the validation it does all of it.
+        """
+        self._iterate_at_epoch_start = False
+        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+
+        def on_run_start(fetcher: Any) -> None:
+            vars(epoch_loop).pop("on_run_start")
             fit_loop.epoch_progress.increment_ready()
             fit_loop.epoch_progress.increment_started()
-
-    def _apply_again(self, trainer: Any) -> Callable[[], None]:
-        generators = _generators(trainer)
-        kept = _capture(generators)
-        return lambda: _apply(kept, generators)
-
-    def _open_again(self, trainer: Any, before: dict[str, Any]) -> Callable[[], None]:
-        """The validation that is passed over comes before the opening, as it did in the run that was not broken."""
-        generators = _generators(trainer)
-        _apply(before, generators)
-
-        def open_again() -> None:
+            generators = _generators(trainer)
+            _apply(saved["now"], generators)
+            if saved["validation_due"]:
+                # It comes before the opening, as it did in the run that was not broken.
+                epoch_loop.val_loop.increment_progress_to_evaluation_end()
+            _pass_over_no_validation(trainer)
             if trainer.reload_dataloaders_every_n_epochs == 1:
                 # The run that was not broken has set the epoch's loader up first, and Lightning opens it for that.
-                iter(trainer.fit_loop._data_fetcher)
+                iter(fetcher)
             self._opened = _capture(generators)
-            iter(trainer.fit_loop._data_fetcher)
+            iter(fetcher)
             self._first = _capture(generators)
+            epoch_loop.on_run_start(fetcher)
 
-        return open_again
+        epoch_loop.on_run_start = on_run_start
 
     def _fast_forward(self, trainer: Any, batches: int) -> None:
         fetcher = trainer.fit_loop._data_fetcher
@@ -183,18 +187,9 @@ def _inside_validation(trainer: Any) -> bool:
     return bool(trainer.validating and inside_a_step)
 
 
-def _passing_over_validation(trainer: Any, prepare: Callable[[], Callable[[], None]]) -> None:
-    """Where Lightning passes over a validation on restarting, which draws: ``prepare`` before, its result after."""
-    val_loop = trainer.fit_loop.epoch_loop.val_loop
-    original = val_loop.increment_progress_to_evaluation_end
-
-    def pass_over() -> None:
-        vars(val_loop).pop("increment_progress_to_evaluation_end")
-        afterwards = prepare()
-        original()
-        afterwards()
-
-    val_loop.increment_progress_to_evaluation_end = pass_over
+def _pass_over_no_validation(trainer: Any) -> None:
+    """None was due: Lightning would pass over one on restarting where its counters look so, and that draws."""
+    trainer.fit_loop.epoch_loop.val_loop.increment_progress_to_evaluation_end = lambda: None
 
 
 def _opens_loader(trainer: Any) -> bool:

@@ -166,6 +166,44 @@ class TestExactResume:
             assert_continues(resumed, whole, update)
 
 
+VALIDATED = {
+    "within epochs": {"val_check_interval": 0.3},
+    "within and at the end": {"val_check_interval": 5},
+    "some epochs": {"check_val_every_n_epoch": 2},
+    "across epochs": {"check_val_every_n_epoch": None, "val_check_interval": 7},
+    "never": {"limit_val_batches": 0},
+    "loaders set up anew": {"check_val_every_n_epoch": 2, "reload_dataloaders_every_n_epochs": 1},
+    "epochs of one batch": {"data": {"count": 8}, "max_epochs": 40, "check_val_every_n_epoch": 10},
+    "so many steps": {"max_steps": 40, "check_val_every_n_epoch": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore:autotune. gradient noise is taken from consecutive")
+class TestAtAnEpochsLastBatch:
+    """Lightning goes on with the next epoch, and asks that one whether the old one was to be validated."""
+
+    @pytest.mark.parametrize("tuned", [True, False])
+    @pytest.mark.parametrize("validated", VALIDATED)
+    def test_continues_bit_for_bit(self, tmp_path, validated, tuned):
+        settings = {"data": {"count": 80}, "max_epochs": 4, "tuned": tuned} | VALIDATED[validated]
+
+        def callbacks(folder):
+            saver = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=10, save_top_k=-1)
+            return [saver] if tuned else [AdaptiveBatchSize(), saver]
+
+        whole = Run(tmp_path, callbacks=callbacks(tmp_path), **settings)
+        for update in (10, 20):
+            folder = tmp_path / str(update)
+            resumed = Run(folder, seed=77, ckpt=saved(tmp_path, f"step={update}"), callbacks=callbacks(folder),
+                          **settings)  # fmt: skip
+            assert_continues(resumed, whole, update)
+            assert resumed.trainer.current_epoch == whole.trainer.current_epoch
+            epoch_loop = resumed.trainer.fit_loop.epoch_loop
+            assert not {"on_run_start", "reset", "increment_progress_to_evaluation_end"} & (
+                set(vars(epoch_loop)) | set(vars(epoch_loop.val_loop))
+            )
+
+
 class Stopped(Tiny):
     """Stops the run inside one of its validations: in a step of it, or before or after its steps."""
 
@@ -230,7 +268,7 @@ class TestBrokenOffInAStep:
     see; a checkpoint that is written there must have the scheduler's."""
 
     @pytest.mark.parametrize("scheduler", ["", "lambda", "epoch"])
-    @pytest.mark.parametrize("update", [45, 59])
+    @pytest.mark.parametrize("update", [45, 59, 60])
     def test_continues_bit_for_bit(self, tmp_path, scheduler, update):
         def module():
             L.seed_everything(4, verbose=False)
@@ -242,6 +280,18 @@ class TestBrokenOffInAStep:
             Run(tmp_path / "broken", module=module(), callbacks=broken, max_epochs=4)
         resumed = Run(tmp_path / "resumed", module=module(), seed=77, ckpt=tmp_path / "broken.ckpt", max_epochs=4)
         assert_continues(resumed, whole, update)
+
+    def test_after_a_validation_that_lightning_would_pass_over_once_more(self, tmp_path):
+        def module():
+            L.seed_everything(4, verbose=False)
+            return Tiny("dropout")
+
+        settings = {"max_epochs": 2, "val_check_interval": 15}
+        whole = Run(tmp_path / "whole", module=module(), **settings)
+        with pytest.raises(ZeroDivisionError):
+            Run(tmp_path, module=module(), callbacks=[Break(45, tmp_path / "broken.ckpt")], **settings)
+        resumed = Run(tmp_path / "resumed", module=module(), seed=77, ckpt=tmp_path / "broken.ckpt", **settings)
+        assert_continues(resumed, whole, 45)
 
     def test_the_rates_of_an_optimizer_that_is_saved_in_its_step(self):
         for rate in (0.5, torch.tensor(0.5)):
