@@ -4,7 +4,8 @@ Lightning's checkpoints hold neither. An epoch's order is drawn in two moments: 
 loader (with workers the whole order, without them one draw for their seeds), and at the first ``next()`` (the
 sampler, without workers). For epoch 0 the two lie far apart, with hooks between them; so the generators are
 remembered at both, and a resume in the middle of an epoch opens the loader under the first, switches to the second,
-passes over the batches that were trained on, and only then puts back the generators of the moment of saving.
+passes over the batches that were trained on, and only then puts back the generators of the moment of saving. With
+persistent workers only the first ``iter()`` draws, which creates the iterator: a resume creates or resets it likewise.
 
 A loader with ``state_dict``/``load_state_dict`` of its own is restored by Lightning; it is left alone here. Orders
 drawn batch by batch from a global generator (an unusual sampler of the user's own) cannot be replayed this way.
@@ -33,6 +34,7 @@ class DataPosition:
         self._first: dict[str, Any] | None = None
         self._validated: dict[str, Any] | None = None
         self._iterate_at_epoch_start = False
+        self._val_opened = False
 
     def attach(self, trainer: Any) -> None:
         """Remembers the generators just before each ``iter()``: of the training loader, and of the validation's."""
@@ -41,13 +43,16 @@ class DataPosition:
 
         def dataloader() -> Any:
             loader = original(source)
-            self._opened = _capture(_generators_of(loader))
+            self._opened = {**_capture(_generators_of(loader)), "created": True}
             return loader
 
         source.dataloader = dataloader
         val_loop = trainer.fit_loop.epoch_loop.val_loop
 
         def reset() -> None:
+            if self._val_opened:
+                self._val_opened = False
+                _open_undrawn(val_loop._combined_loader.flattened)
             self._validated = _capture(_generators(trainer))
             if val_loop.restarted_mid_evaluation:
                 # Lightning counts the step in which it was stopped again, and would take it for stopped ever after.
@@ -71,15 +76,14 @@ class DataPosition:
         if self._iterate_at_epoch_start:
             self._iterate_at_epoch_start = False
             if not will_open:
-                self._opened = _capture(_generators(trainer))
+                self._opened = _opening(trainer)
                 iter(fit_loop._data_fetcher)
                 self._first = _capture(_generators(trainer))
                 return
-        now = _capture(_generators(trainer))
         if will_open:
-            self._opened, self._first = now, None
+            self._opened, self._first = _opening(trainer), None
         else:
-            self._first = now
+            self._first = _capture(_generators(trainer))
 
     def state_dict(self, trainer: Any) -> dict[str, Any]:
         """Position and generators, as primitives and tensors."""
@@ -97,8 +101,13 @@ class DataPosition:
         # With an exception on its way the ranks may not all be here.
         together = trainer.state.status.value != "interrupted"
         ranks = Agreement(trainer).gather(mine) if together else [mine]
-        due = validation_due(trainer)
-        return {"batches": done if inside else 0, "inside": inside, "validation_due": due, "ranks": ranks}
+        return {
+            "batches": done if inside else 0,
+            "inside": inside,
+            "validation_due": validation_due(trainer),
+            "val_opened": _val_opened(trainer),
+            "ranks": ranks,
+        }
 
     def restore(self, trainer: Any, saved: dict[str, Any]) -> None:
         """Brings loader and generators to where they were when ``saved`` was taken."""
@@ -107,6 +116,7 @@ class DataPosition:
         if any(hasattr(loader, "load_state_dict") for loader in _loaders(trainer)):
             _apply(saved["now"], _generators(trainer))
             return
+        self._val_opened = saved["val_opened"]
         for sampler, seed in zip(_distributed(trainer), saved["seeds"], strict=False):
             # Lightning seeds it with the process's global seed, which need not be the first process's.
             sampler.seed = seed
@@ -150,7 +160,7 @@ class DataPosition:
             if trainer.reload_dataloaders_every_n_epochs == 1:
                 # The run that was not broken has set the epoch's loader up first, and Lightning opens it for that.
                 iter(fetcher)
-            self._opened = _capture(generators)
+            self._opened = _opening(trainer)
             iter(fetcher)
             self._first = _capture(generators)
             epoch_loop.on_run_start(fetcher)
@@ -163,6 +173,8 @@ class DataPosition:
         _apply(self._opened, generators)
         # Lightning tells the samplers only after this.
         _set_epoch(trainer, trainer.fit_loop.epoch_progress.current.processed)
+        if self._opened is not None and self._opened["created"]:
+            trainer.fit_loop._combined_loader.reset()
         iter(fetcher)
         if self._first is not None:
             _apply(self._first, generators)
@@ -190,6 +202,30 @@ def _inside_validation(trainer: Any) -> bool:
 def _pass_over_no_validation(trainer: Any) -> None:
     """None was due: Lightning would pass over one on restarting where its counters look so, and that draws."""
     trainer.fit_loop.epoch_loop.val_loop.increment_progress_to_evaluation_end = lambda: None
+
+
+def _opening(trainer: Any) -> dict[str, Any]:
+    """The generators, and whether iter() is about to create iterators, which draws, or to reset persistent ones."""
+    created = all(getattr(loader, "_iterator", None) is None for loader in _loaders(trainer))
+    return {**_capture(_generators(trainer)), "created": created}
+
+
+def _val_opened(trainer: Any) -> bool:
+    """Whether the next validation resets the iterators of an earlier one, or of the sanity check."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    if combined is None or trainer.reload_dataloaders_every_n_epochs:
+        return False
+    return any(getattr(loader, "_iterator", None) is not None for loader in combined.flattened)
+
+
+def _open_undrawn(loaders: list[Any]) -> None:
+    """Creates persistent iterators, and draws nothing."""
+    generators = _distinct_generators(loaders)
+    before = _capture(generators)
+    for loader in loaders:
+        if getattr(loader, "persistent_workers", False) and loader._iterator is None:
+            iter(loader)
+    _apply(before, generators)
 
 
 def _opens_loader(trainer: Any) -> bool:

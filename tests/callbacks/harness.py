@@ -53,8 +53,8 @@ def loader(count: int = 240, batch: int = 4, *, noisy: bool = False, **kwargs: A
     return DataLoader(data, batch, **{"shuffle": True, **kwargs})
 
 
-def val_loader(count: int = 48, batch: int = 16) -> DataLoader[Any]:
-    return DataLoader(examples(count, seed=1), batch)
+def val_loader(count: int = 48, batch: int = 16, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(examples(count, seed=1), batch, **kwargs)
 
 
 class Tiny(L.LightningModule):

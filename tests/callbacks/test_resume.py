@@ -30,7 +30,9 @@ pytestmark = pytest.mark.usefixtures("several_searches")
 class Run:
     """One fit, its witness and its controller."""
 
-    def __init__(self, folder, seed=3, data=None, module=None, ckpt=None, callbacks=(), tuned=True, **settings):
+    def __init__(
+        self, folder, seed=3, data=None, val=None, module=None, ckpt=None, callbacks=(), tuned=True, **settings
+    ):
         L.seed_everything(seed, verbose=False)
         self.folder = folder
         self.witness = Witness()
@@ -40,7 +42,7 @@ class Run:
         self.trainer = trainer(
             folder, *ours, *callbacks, self.witness, enable_checkpointing=bool(callbacks), **settings
         )
-        self.trainer.fit(self.module, loader(batch=8, **(data or {})), val_loader(), ckpt_path=ckpt)
+        self.trainer.fit(self.module, loader(batch=8, **(data or {})), val_loader(**(val or {})), ckpt_path=ckpt)
 
     @property
     def decisions(self):
@@ -202,6 +204,27 @@ class TestAtAnEpochsLastBatch:
             assert not {"on_run_start", "reset", "increment_progress_to_evaluation_end"} & (
                 set(vars(epoch_loop)) | set(vars(epoch_loop.val_loop))
             )
+
+
+@pytest.mark.filterwarnings("ignore:autotune. gradient noise is taken from consecutive")
+class TestPersistentWorkers:
+    """Their iterator draws a seed when it is created, and none when a later epoch resets it."""
+
+    @pytest.mark.parametrize(("which", "tuned"), [("data", True), ("data", False), ("val", True)])
+    def test_continue_bit_for_bit(self, tmp_path, which, tuned):
+        settings = {"data": {"count": 80}, "val": {}, "max_epochs": 3, "tuned": tuned}
+        settings[which] = {**settings[which], "num_workers": 1, "persistent_workers": True}
+
+        def callbacks(folder):
+            saver = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=4, save_top_k=-1)
+            return [saver] if tuned else [AdaptiveBatchSize(), saver]
+
+        whole = Run(tmp_path, callbacks=callbacks(tmp_path), **settings)
+        for update in (4, 12, 20):
+            folder = tmp_path / str(update)
+            resumed = Run(folder, seed=77, ckpt=saved(tmp_path, f"step={update}"), callbacks=callbacks(folder),
+                          **settings)  # fmt: skip
+            assert_continues(resumed, whole, update)
 
 
 class Stopped(Tiny):
