@@ -146,6 +146,10 @@ class DataPosition:
         """
         self._iterate_at_epoch_start = False
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        if not epoch_loop.batch_progress.is_last_batch:
+            # A growth made it the last after Lightning had looked.
+            fit_loop.epoch_progress.increment_processed()
+            fit_loop.epoch_progress.increment_completed()
 
         def on_run_start(fetcher: Any) -> None:
             vars(epoch_loop).pop("on_run_start")

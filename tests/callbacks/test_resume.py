@@ -42,7 +42,7 @@ class Run:
         self.trainer = trainer(
             folder, *ours, *callbacks, self.witness, enable_checkpointing=bool(callbacks), **settings
         )
-        self.trainer.fit(self.module, loader(batch=8, **(data or {})), val_loader(**(val or {})), ckpt_path=ckpt)
+        self.trainer.fit(self.module, loader(**{"batch": 8, **(data or {})}), val_loader(**(val or {})), ckpt_path=ckpt)
 
     @property
     def decisions(self):
@@ -204,6 +204,28 @@ class TestAtAnEpochsLastBatch:
             assert not {"on_run_start", "reset", "increment_progress_to_evaluation_end"} & (
                 set(vars(epoch_loop)) | set(vars(epoch_loop.val_loop))
             )
+
+    def test_which_a_growth_made_the_last(self, tmp_path):
+        """All that is left of the epoch is less than a grown batch, and dropped."""
+        settings = {"data": {"count": 243, "batch": 4, "drop_last": True}, "max_epochs": 3, "tuned": False}
+
+        def growing():
+            return AdaptiveBatchSize(max_batch_size=32, rule="norm", every_n_steps=3)
+
+        saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+        controller = growing()
+        L.seed_everything(4, verbose=False)
+        whole = Run(tmp_path, module=Tiny("dropout"), callbacks=[controller, saver], **settings)
+        progress = torch.load(saved(tmp_path, "step=19"), weights_only=True)["loops"]["fit_loop"]
+        assert not progress["epoch_loop.batch_progress"]["is_last_batch"]
+        assert [one.step for one in controller.decisions if one.action == "grow"][:2] == [1, 19]
+        for update in (18, 19, 20):
+            again = growing()
+            resumed = Run(tmp_path / str(update), seed=77, module=Tiny("dropout"), callbacks=[again],
+                          ckpt=saved(tmp_path, f"step={update}"), **settings)  # fmt: skip
+            assert_continues(resumed, whole, update)
+            assert [_timeless(one) for one in again.decisions] == [_timeless(one) for one in controller.decisions]
+            assert resumed.trainer.current_epoch == whole.trainer.current_epoch == 3
 
 
 @pytest.mark.filterwarnings("ignore:autotune. gradient noise is taken from consecutive")
