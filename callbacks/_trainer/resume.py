@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from autotune.callbacks._trainer.ranks import Agreement
+from autotune.errors import StateError
 from autotune.randomness import random_state, set_random_state
 
 
@@ -182,8 +183,14 @@ class DataPosition:
         iter(fetcher)
         if self._first is not None:
             _apply(self._first, generators)
-        for _ in range(batches):
-            next(fetcher)
+        for found in range(batches):
+            try:
+                next(fetcher)
+            except StopIteration:
+                raise StateError(
+                    f"the checkpoint was written after {batches} batches of an epoch, and the training loader gives "
+                    f"{found} batches an epoch now: resume with the data and the batch size of the run that wrote it"
+                ) from None
         # The epoch loop adds the batches of the checkpoint's progress itself.
         fetcher.fetched, fetcher.done = 0, False
 

@@ -432,6 +432,16 @@ class TestCheckpointFile:
         assert longer.witness.lrs == as_ever.witness.lrs
         assert longer.witness.batches == as_ever.witness.batches
 
+    @pytest.mark.filterwarnings("ignore:autotune. gradient noise is taken from consecutive")
+    @pytest.mark.parametrize("tuned", [True, False])
+    def test_fewer_batches_than_were_trained_on_are_refused(self, tmp_path, tuned):
+        more = [] if tuned else [AdaptiveBatchSize()]
+        Run(tmp_path, callbacks=[*savers(tmp_path), *more], tuned=tuned, max_steps=20)
+        again = [] if tuned else [AdaptiveBatchSize()]
+        with pytest.raises(StateError, match=r"13 batches.*10 batches.*batch size"):
+            Run(tmp_path / "b", ckpt=saved(tmp_path, "step=13"), data={"count": 80}, callbacks=again, tuned=tuned,
+                max_steps=20)  # fmt: skip
+
     def test_other_settings_are_refused(self, tmp_path):
         saved_run(tmp_path, max_steps=20)
         for name, value in [("search_budget", 0.2), ("seed", 4), ("max_lr", 0.5)]:
