@@ -145,17 +145,23 @@ def _counts(
     decisions: Sequence[Decision], names: tuple[str, ...], before: tuple[str, ...] = ()
 ) -> tuple[tuple[int, int], ...]:
     found: list[tuple[int, int]] = []
-    for decision in sorted(decisions, key=lambda decision: decision.effective_step):
+    for decision in sorted(decisions, key=_batch_from):
         if decision.kind not in ("setup", "batch"):
             continue
         if not found and (first := _count(decision, before)) is not None:
             found.append((0, first))
         count = _count(decision, names)
         if count is not None and (not found or count != found[-1][1]):
-            if found and found[-1][0] == decision.effective_step:
+            start = _batch_from(decision)
+            if found and found[-1][0] == start:
                 found.pop()
-            found.append((decision.effective_step, count))
+            found.append((start, count))
     return tuple(found)
+
+
+def _batch_from(decision: Decision) -> int:
+    """The first update of the new size: weights go back at once, batches that workers have ready are still made."""
+    return _count(decision, ("batch_from",)) or decision.effective_step
 
 
 def _count(decision: Decision, names: tuple[str, ...]) -> int | None:

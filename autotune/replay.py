@@ -99,8 +99,8 @@ class Schedule:
         """Share of the run that is done after ``step`` updates.
 
         Exact where the end is given in updates, or in examples and the log says how many an epoch has; apart from
-        batches of the size before that workers had ready when the batch changed. A run that was limited by time is
-        spread evenly over its updates.
+        the share of an update that is made of micro-batches of two sizes, since workers had some ready. A run that was
+        limited by time is spread evenly over its updates.
         """
         plan = self.plan(step)
         if plan.in_examples and self.epoch_examples is not None:

@@ -234,9 +234,7 @@ class BatchRun:
         self._rates.scale(1.0 / self._gain)
         grown, self._split = self._split, self._before
         self._next = None
-        if grown.micro != self._split.micro:
-            self.tools.loader.resize(trainer, self._split.micro)
-        self._align(trainer, self.tools.loader.ready(trainer))
+        whole = move(trainer, self.tools.loader, grown, self._split)
         decay = self._decay(trainer)
         self._state = self._controller.undone(
             self._state,
@@ -251,6 +249,7 @@ class BatchRun:
         )
         numbers = {
             "batch": self._split.examples,
+            "batch_from": whole,
             "batch_before": grown.examples,
             "micro": self._split.micro,
             "accumulate": self._split.accumulate,

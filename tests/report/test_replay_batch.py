@@ -259,3 +259,14 @@ def test_the_exported_schedule_follows_the_examples(tmp_path, settings):
     assert len(rows) == first[0].global_step == len(logged)
     assert [row["lr"] for row in rows] == logged
     assert rows[-1]["batch_size"] > rows[0]["batch_size"] == 8
+
+
+@pytest.mark.filterwarnings("ignore:autotune. per-example gradient noise covers")
+def test_the_exported_schedule_knows_what_workers_had_ready_at_an_undone_growth(tmp_path):
+    controllers = [AutoLRS(search_budget=0.3), growing(max_batch_size=128, rule="norm", lr_scaling="linear")]
+    trainer, model = train(tmp_path, controllers, explodes=True, workers=2, max_epochs=3, **SGD)
+    undone = next(d for d in read_decisions(trainer.log_dir) if d.action == "undo_growth")
+    assert undone.numbers["batch_from"] > undone.effective_step
+    rows = load_schedule(trainer.log_dir).rows()
+    assert [row["lr"] for row in rows] == [float(text) for text in column(trainer, "autotune/lr")]
+    assert rows[undone.step]["batch_size"] == len(model.seen[undone.step]) == undone.numbers["batch_before"]
