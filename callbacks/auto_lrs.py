@@ -143,13 +143,14 @@ class AutoLRS(Callback):
         """Looks at the optimizer. The state to resume is known."""
         refuse_optimizers(trainer, self)
         # All controllers hand their history over before the first of them opens the file.
-        saved = self._saved
-        self._decisions = [] if saved is None else RunLog.of(trainer).restore(saved["decisions"])
+        self._decisions = []
+        self._take_history(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Plans the run, or takes up a resumed one."""
         refuse_one_shot(trainer.fit_loop._combined_loader)
         refuse_lazy(trainer, self)
+        self._take_history(trainer)  # under FSDP2 callbacks are restored later than elsewhere
         saved, self._saved = self._saved, None
         if saved is not None:
             self._position.restore(trainer, saved["position"])
@@ -163,6 +164,10 @@ class AutoLRS(Callback):
             self._lr = saved["lr"]
         if path is not None:
             inform(f"decisions go to {path}")
+
+    def _take_history(self, trainer: Any) -> None:
+        if self._saved is not None and not self._decisions:
+            self._decisions = RunLog.of(trainer).restore(self._saved["decisions"])
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Remembers where the epoch's order comes from."""

@@ -106,7 +106,8 @@ class ReplaySchedule(Callback):
         """The state to resume is known, the loaders are not set up yet."""
         refuse_optimizers(trainer, self)
         saved, self._log = self._saved, RunLog.of(trainer)
-        self._decisions = [] if saved is None else self._log.restore(saved["decisions"])
+        self._decisions = []
+        self._take_history()
         if self._batches is not None:
             self._batches.resume(trainer, None if saved is None else saved["batches"])
 
@@ -114,6 +115,7 @@ class ReplaySchedule(Callback):
         """Looks at the optimizer and opens the log."""
         self._refuse_other_scheduling(trainer)
         self._refuse_to_begin_later(trainer)
+        self._take_history()  # under FSDP2 callbacks are restored later than elsewhere
         self._rates = rates = RatePlayer(self._schedule, trainer, pl_module)
         self._lr = None
         saved, self._saved = self._saved, None
@@ -127,6 +129,10 @@ class ReplaySchedule(Callback):
             if self._batches is not None:
                 self._batches.loader.after_restore(trainer)
         self._log.open()
+
+    def _take_history(self) -> None:
+        if self._saved is not None and not self._decisions:
+            self._decisions = self._log.restore(self._saved["decisions"])
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Lengths follow the batch; remembers where the epoch's order comes from."""
