@@ -153,6 +153,7 @@ class AdaptiveBatchSize(Callback):
         if saved is not None and saved["position"] is not None and self._owns_position(trainer):
             self._position.restore(trainer, saved["position"])
         self._loader.after_restore(trainer)
+        self._meter.load_state_dict(trainer, None if saved is None else saved["meter"])
         RunLog.of(trainer).open()
         if saved is None:
             self._run.begin(trainer)
@@ -227,6 +228,7 @@ class AdaptiveBatchSize(Callback):
         """Leaves nothing of ours on the trainer."""
         if stage == "fit":
             self._leave(trainer)
+            self._meter.forget()
             RunLog.end(trainer)
 
     # ------------------------------------------------------------------ checkpoints
@@ -239,6 +241,7 @@ class AdaptiveBatchSize(Callback):
         return {
             **stamp(_STATE_VERSION, self._stamped()),
             **self._run.state_dict(),
+            "meter": self._meter.state_dict(),
             "accumulate": self._loader.accumulate(trainer),
             "loader": self._loader.state_dict(trainer),
             "position": self._position.state_dict(trainer) if self._owns_position(trainer) else None,

@@ -174,11 +174,13 @@ class GradientNoiseMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves no hook behind."""
         self._meter.stop()
+        self._meter.forget()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves no hook behind."""
         self._read()
         self._meter.stop()
+        self._meter.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The smoothed sums, as primitives."""

@@ -18,6 +18,8 @@ measurement.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,17 @@ class ConsecutiveMeter:
     def drop(self) -> None:
         """Forgets the copy."""
         self._before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kept gradient, on the CPU; call only while :attr:`armed`, and without a metric."""
+        assert self._before is not None
+        return {"size": self._size, "before": [None if one is None else one.cpu() for one in self._before]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        pairs = zip(saved["before"], self.parameters.parameters, strict=True)
+        self._size = saved["size"]
+        self._before = [None if one is None else one.to(parameter.device) for one, parameter in pairs]
 
     def close(self, size: int, scale: float | Tensor = 1.0) -> GradientRecord:
         """The record of the two updates, as two chunks whose joined gradient is their weighted mean."""

@@ -73,6 +73,7 @@ class LoopMeter:
         self._chunks: ChunkMeter | None = None
         self._examples: PerExampleMeter | None = None
         self._pairs: ConsecutiveMeter | None = None
+        self._kept_at = 0
         self._told: set[str] = set()
         self._open: str | None = None
         self._weights: list[float] = []
@@ -226,7 +227,19 @@ class LoopMeter:
         if self._pairs.armed:
             return self._pairs.close(size, scale)
         self._pairs.keep(size, self._metric(trainer), scale)
+        self._kept_at = int(trainer.global_step)
         return None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Between the two updates of a measurement the first one's gradient; else None. Not with a metric."""
+        if self._pairs is None or not self._pairs.armed or self.preconditioned:
+            return None
+        return {"update": self._kept_at, **self._pairs.state_dict()}
+
+    def load_state_dict(self, trainer: Any, saved: dict[str, Any] | None) -> None:
+        """The inverse of :meth:`state_dict`; the gradient of an update that is made again is left out."""
+        if saved is not None and self._pairs is not None and trainer.global_step == saved["update"] + 1:
+            self._pairs.load_state_dict(saved)
 
     def batch_end(self, trainer: Any) -> None:
         """A batch is over; nothing stays hooked between windows."""
@@ -245,6 +258,9 @@ class LoopMeter:
     def stop(self) -> None:
         """Takes everything off the model."""
         self._cancel()
+
+    def forget(self) -> None:
+        """Lets go of the gradient between two updates."""
         if self._pairs is not None:
             self._pairs.drop()
 

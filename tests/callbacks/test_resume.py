@@ -229,6 +229,52 @@ class TestAtAnEpochsLastBatch:
 
 
 @pytest.mark.filterwarnings("ignore:autotune. gradient noise is taken from consecutive")
+class TestBetweenTwoUpdatesOfAMeasurement:
+    def test_the_first_ones_gradient_is_in_the_checkpoint(self, tmp_path):
+        def growing():
+            return AdaptiveBatchSize(max_batch_size=32, rule="norm", every_n_steps=3)
+
+        controller = growing()
+        saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+        settings = {"max_epochs": 2, "tuned": False}
+        whole = Run(tmp_path, module=Tiny("batchnorm"), callbacks=[controller, saver], **settings)
+        kept = [torch.load(saved(tmp_path, f"step={update}"), weights_only=True) for update in (3, 4, 5)]
+        meters = [content["callbacks"]["AdaptiveBatchSize"]["meter"] for content in kept]
+        assert [meter is None for meter in meters] == [True, False, True]
+        for update in (3, 4, 5):
+            again = growing()
+            resumed = Run(tmp_path / str(update), seed=77, module=Tiny("batchnorm"), callbacks=[again],
+                          ckpt=saved(tmp_path, f"step={update}"), **settings)  # fmt: skip
+            assert_continues(resumed, whole, update)
+            assert again.state_dict()["noise"] == controller.state_dict()["noise"]
+
+    def test_but_not_that_of_an_update_that_is_made_again(self, tmp_path):
+        """It breaks off once its gradient was looked at."""
+
+        class Late(Callback):
+            def on_before_optimizer_step(self, trainer, *_):
+                if trainer.global_step == 3:
+                    raise ZeroDivisionError
+
+            def on_exception(self, trainer, *_):
+                trainer.save_checkpoint(tmp_path / "broken.ckpt")
+
+        class Armed(Callback):
+            def on_train_batch_start(self, trainer, *_):
+                armed.append(again._meter._pairs.armed)
+
+        again, armed = AdaptiveBatchSize(rule="norm", every_n_steps=3), []
+        callbacks = [AdaptiveBatchSize(rule="norm", every_n_steps=3), Late()]
+        with pytest.raises(ZeroDivisionError):
+            Run(tmp_path, module=Tiny("batchnorm"), callbacks=callbacks, max_epochs=2, tuned=False)
+        state = torch.load(tmp_path / "broken.ckpt", weights_only=True)["callbacks"]["AdaptiveBatchSize"]
+        assert state["meter"]["update"] == 3
+        settings = {"ckpt": tmp_path / "broken.ckpt", "max_epochs": 2, "tuned": False}
+        Run(tmp_path / "b", module=Tiny("batchnorm"), callbacks=[again, Armed()], **settings)
+        assert armed[:2] == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:autotune. gradient noise is taken from consecutive")
 class TestPersistentWorkers:
     """Their iterator draws a seed when it is created, and none when a later epoch resets it."""
 
