@@ -216,6 +216,8 @@ class LRRun:
     def _predict(self, progress: float) -> None:
         self.watch.read()
         numbers: dict[str, Any] = {"stage": self.state.index, "at_step": self.step, "target_step": self._end_step()}
+        # A score that is to rise is predicted as a loss, with its sign turned.
+        numbers["sign"] = self.trials.lower_is_better(1.0)
         if not self.checks.affordable(2):  # here and at the stage's end
             self.state = self.plan.machine.predicted(self.state, None)
             self.record("forecast", "refuse", "the search budget has no room for the probes", numbers=numbers)

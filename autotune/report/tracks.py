@@ -107,7 +107,7 @@ def forecasts(run: Run) -> list[Forecast]:
     """Every prediction with its outcome: what the record of the end of the same stage says came true.
 
     A stage may end earlier than planned; the outcome then speaks of another step than the prediction did, and both
-    are drawn where it came.
+    are drawn where it came. A score that is to rise was predicted as a loss; here it has its own sign, as in its curve.
     """
     ends = [d for d in run.decisions if d.kind == "stage" and d.action == "end"]
     found = []
@@ -118,12 +118,18 @@ def forecasts(run: Run) -> list[Forecast]:
         low, high = number(decision, "low"), number(decision, "high")
         end = next((e for e in ends if e.step >= decision.step and _same_stage(e, decision)), None)
         outcome = None if end is None else number(end, "loss")
+        if number(decision, "sign") == -1.0:
+            prediction, low, high, outcome = -prediction, _turned(high), _turned(low), _turned(outcome)
         inside = None
         if outcome is not None and low is not None and high is not None:
             inside = low <= outcome <= high
         came_at = None if end is None else end.step
         found.append(Forecast(decision.step, target, prediction, low, high, came_at, outcome, inside))
     return found
+
+
+def _turned(value: float | None) -> float | None:
+    return None if value is None else -value
 
 
 def _same_stage(end: Decision, forecast: Decision) -> bool:

@@ -466,14 +466,18 @@ class TestCheckpointFile:
         def more():
             return [AdaptiveBatchSize(64, every_n_steps=4)] if batch else []
 
-        first = Run(tmp_path / "first", callbacks=[*savers(tmp_path), *more()], max_epochs=2)
+        def net():
+            L.seed_everything(4, verbose=False)
+            return Tiny("dropout", "random")  # without pairs of updates, of which only one may have been seen
+
+        first = Run(tmp_path / "first", module=net(), callbacks=[*savers(tmp_path), *more()], max_epochs=2)
         first.trainer.validate(first.module, first.trainer.val_dataloaders, verbose=False)
         first.trainer.save_checkpoint(tmp_path / "after.ckpt")
         content = torch.load(tmp_path / "after.ckpt", weights_only=True)
         assert content["callbacks"]["AutoLRS"]["run"]["best"] == {}
-        longer = Run(tmp_path / "longer", callbacks=more(), ckpt=tmp_path / "after.ckpt", max_epochs=4)
+        longer = Run(tmp_path / "longer", module=net(), callbacks=more(), ckpt=tmp_path / "after.ckpt", max_epochs=4)
         at_end = saved(tmp_path, f"end={first.trainer.global_step}")
-        as_ever = Run(tmp_path / "as_ever", callbacks=more(), ckpt=at_end, max_epochs=4)
+        as_ever = Run(tmp_path / "as_ever", module=net(), callbacks=more(), ckpt=at_end, max_epochs=4)
         assert [one.action for one in longer.callback.decisions if one.kind == "setup"] == ["begin", "replan"]
         assert longer.witness.lrs == as_ever.witness.lrs
         assert longer.witness.batches == as_ever.witness.batches

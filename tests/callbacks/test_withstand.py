@@ -89,6 +89,7 @@ class TestLosses:
         fit(tmp_path, Scored(), callback=callback, max_steps=120)
         trials = searches(callback)[0].numbers["candidates"]
         assert all(-1.0 <= one["loss"] <= 0.0 for one in trials if one["status"] == "finished")
+        assert {one.numbers["sign"] for one in callback.decisions if one.kind == "forecast"} == {-1.0}
 
 
 class TestModules:

@@ -137,6 +137,13 @@ def test_forecasts_meet_what_came_true(tiny):
     assert [f.inside for f in found] == [d.numbers["inside"] for d in ends]
 
 
+def test_forecasts_of_a_score_have_its_sign(tmp_path):
+    told = {"prediction": -0.8, "low": -0.9, "high": -0.7, "target_step": 20, "stage": 1, "sign": -1.0}
+    end = line(kind="stage", action="end", step=20, numbers={"index": 1, "loss": -0.85})
+    found = forecasts(read_run(log(tmp_path, line(kind="forecast", action="predict", step=10, numbers=told), end)))
+    assert [(f.prediction, f.low, f.high, f.outcome, f.inside) for f in found] == [(0.8, 0.7, 0.9, 0.85, True)]
+
+
 def test_batch_and_examples(tiny):
     run = read_run(tiny.folder)
     size = batch_size(run)
