@@ -224,7 +224,7 @@ def test_metrics_of_tensorboard(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
-def test_curves_are_those_of_the_logs_own_run(tmp_path):
+def test_curves_of_tensorboard_are_those_of_the_logs_own_run(tmp_path):
     """Two fits and a resumed one write into one folder: each part begins where it does, and the first is another's."""
 
     def fit(**kwargs):
@@ -253,7 +253,7 @@ def test_curves_are_those_of_the_logs_own_run(tmp_path):
     assert "kept when another run began in its folder" in kept.problems[0]
 
 
-def test_a_run_that_logs_seldom_begins_before_its_second_row_is_due(tmp_path):
+def test_a_run_that_logs_to_tensorboard_seldom_begins_before_its_second_row_is_due(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
     for steps in (range(200), range(49, 150, 50)):
