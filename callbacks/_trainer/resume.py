@@ -15,12 +15,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, DistributedSampler
-
+from autotune.callbacks._trainer.generators import (
+    capture,
+    distributed_samplers,
+    generators_in,
+    generators_of,
+    put_back,
+    set_epoch,
+    training_loaders,
+)
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.errors import StateError
-from autotune.randomness import random_state, set_random_state
 
 
 class DataPosition:
@@ -44,7 +49,7 @@ class DataPosition:
 
         def dataloader() -> Any:
             loader = original(source)
-            self._opened = {**_capture(_generators_of(loader)), "created": True}
+            self._opened = {**capture(generators_in(loader)), "created": True}
             return loader
 
         source.dataloader = dataloader
@@ -54,7 +59,7 @@ class DataPosition:
             if self._val_opened:
                 self._val_opened = False
                 _open_undrawn(val_loop._combined_loader.flattened)
-            self._validated = _capture(_generators(trainer))
+            self._validated = capture(generators_of(trainer))
             if val_loop.restarted_mid_evaluation:
                 # Lightning counts the step in which it was stopped again, and would take it for stopped ever after.
                 val_loop.batch_progress.total.reset_on_restart()
@@ -79,12 +84,12 @@ class DataPosition:
             if not will_open:
                 self._opened = _opening(trainer)
                 iter(fit_loop._data_fetcher)
-                self._first = _capture(_generators(trainer))
+                self._first = capture(generators_of(trainer))
                 return
         if will_open:
             self._opened, self._first = _opening(trainer), None
         else:
-            self._first = _capture(_generators(trainer))
+            self._first = capture(generators_of(trainer))
 
     def state_dict(self, trainer: Any) -> dict[str, Any]:
         """Position and generators, as primitives and tensors."""
@@ -96,8 +101,8 @@ class DataPosition:
         mine = {
             "opened": self._opened if inside else None,
             "first": self._first if inside else None,
-            "now": (_inside_validation(trainer) and self._validated) or _capture(_generators(trainer)),
-            "seeds": [sampler.seed for sampler in _distributed(trainer)],
+            "now": (_inside_validation(trainer) and self._validated) or capture(generators_of(trainer)),
+            "seeds": [sampler.seed for sampler in distributed_samplers(trainer)],
         }
         # With an exception on its way the ranks may not all be here.
         together = trainer.state.status.value != "interrupted"
@@ -114,11 +119,11 @@ class DataPosition:
         """Brings loader and generators to where they were when ``saved`` was taken."""
         everyone = saved["ranks"]
         saved = {**saved, **everyone[trainer.global_rank if len(everyone) == trainer.world_size else 0]}
-        if any(hasattr(loader, "load_state_dict") for loader in _loaders(trainer)):
-            _apply(saved["now"], _generators(trainer))
+        if any(hasattr(loader, "load_state_dict") for loader in training_loaders(trainer)):
+            put_back(saved["now"], generators_of(trainer))
             return
         self._val_opened = saved["val_opened"]
-        for sampler, seed in zip(_distributed(trainer), saved["seeds"], strict=False):
+        for sampler, seed in zip(distributed_samplers(trainer), saved["seeds"], strict=False):
             # Lightning seeds it with the process's global seed, which need not be the first process's.
             sampler.seed = seed
         if saved["inside"] and saved["opened"] is not None:
@@ -130,7 +135,7 @@ class DataPosition:
             self._iterate_at_epoch_start = True
         if saved["batches"] or not saved["inside"]:
             # Else the epoch's first batch is fetched again, which draws the order.
-            _apply(saved["now"], _generators(trainer))
+            put_back(saved["now"], generators_of(trainer))
         fit_loop = trainer.fit_loop
         at_last_batch = fit_loop.restarted_mid_epoch and fit_loop.epoch_loop.restarted_on_train_batch_end
         if self._iterate_at_epoch_start and at_last_batch:
@@ -156,8 +161,8 @@ class DataPosition:
             vars(epoch_loop).pop("on_run_start")
             fit_loop.epoch_progress.increment_ready()
             fit_loop.epoch_progress.increment_started()
-            generators = _generators(trainer)
-            _apply(saved["now"], generators)
+            generators = generators_of(trainer)
+            put_back(saved["now"], generators)
             if saved["validation_due"]:
                 # It comes before the opening, as it did in the run that was not broken.
                 epoch_loop.val_loop.increment_progress_to_evaluation_end()
@@ -167,22 +172,22 @@ class DataPosition:
                 iter(fetcher)
             self._opened = _opening(trainer)
             iter(fetcher)
-            self._first = _capture(generators)
+            self._first = capture(generators)
             epoch_loop.on_run_start(fetcher)
 
         epoch_loop.on_run_start = on_run_start
 
     def _fast_forward(self, trainer: Any, batches: int) -> None:
         fetcher = trainer.fit_loop._data_fetcher
-        generators = _generators(trainer)
-        _apply(self._opened, generators)
+        generators = generators_of(trainer)
+        put_back(self._opened, generators)
         # Lightning tells the samplers only after this.
-        _set_epoch(trainer, trainer.fit_loop.epoch_progress.current.processed)
+        set_epoch(trainer, trainer.fit_loop.epoch_progress.current.processed)
         if self._opened is not None and self._opened["created"]:
             trainer.fit_loop._combined_loader.reset()
         iter(fetcher)
         if self._first is not None:
-            _apply(self._first, generators)
+            put_back(self._first, generators)
         for found in range(batches):
             try:
                 next(fetcher)
@@ -217,8 +222,8 @@ def _pass_over_no_validation(trainer: Any) -> None:
 
 def _opening(trainer: Any) -> dict[str, Any]:
     """The generators, and whether iter() is about to create iterators, which draws, or to reset persistent ones."""
-    created = all(getattr(loader, "_iterator", None) is None for loader in _loaders(trainer))
-    return {**_capture(_generators(trainer)), "created": created}
+    created = all(getattr(loader, "_iterator", None) is None for loader in training_loaders(trainer))
+    return {**capture(generators_of(trainer)), "created": created}
 
 
 def _val_opened(trainer: Any) -> bool:
@@ -231,72 +236,15 @@ def _val_opened(trainer: Any) -> bool:
 
 def _open_undrawn(loaders: list[Any]) -> None:
     """Creates persistent iterators, and draws nothing."""
-    generators = _distinct_generators(loaders)
-    before = _capture(generators)
+    generators = generators_in(loaders)
+    before = capture(generators)
     for loader in loaders:
         if getattr(loader, "persistent_workers", False) and loader._iterator is None:
             iter(loader)
-    _apply(before, generators)
+    put_back(before, generators)
 
 
 def _opens_loader(trainer: Any) -> bool:
     """Whether the epoch loop is about to call ``iter()`` itself."""
     fit_loop = trainer.fit_loop
     return bool(trainer.current_epoch > 0 and not fit_loop.is_resuming and not fit_loop.epoch_loop.restarting)
-
-
-def _loaders(trainer: Any) -> list[Any]:
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
-
-
-def _generators(trainer: Any) -> list[torch.Generator]:
-    return _distinct_generators(_loaders(trainer))
-
-
-def _set_epoch(trainer: Any, epoch: int) -> None:
-    for sampler in _samplers(trainer):
-        if callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(epoch)
-
-
-def _distributed(trainer: Any) -> list[Any]:
-    return [sampler for sampler in _samplers(trainer) if isinstance(sampler, DistributedSampler)]
-
-
-def _samplers(trainer: Any) -> list[Any]:
-    loaders = _loaders(trainer)
-    own = [getattr(loader, "sampler", None) for loader in loaders]
-    return own + [getattr(getattr(loader, "batch_sampler", None), "sampler", None) for loader in loaders]
-
-
-def _generators_of(loaders: Any) -> list[torch.Generator]:
-    from torch.utils._pytree import tree_leaves
-
-    flattened = getattr(loaders, "flattened", None)
-    return _distinct_generators(tree_leaves(loaders) if flattened is None else flattened)
-
-
-def _distinct_generators(loaders: list[Any]) -> list[torch.Generator]:
-    found: list[torch.Generator] = []
-    for loader in loaders:
-        if not isinstance(loader, DataLoader):
-            continue
-        holders = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
-        for holder in holders:
-            generator = getattr(holder, "generator", None)
-            if isinstance(generator, torch.Generator) and not any(generator is one for one in found):
-                found.append(generator)
-    return found
-
-
-def _capture(generators: list[torch.Generator]) -> dict[str, Any]:
-    return {"global": random_state(), "loaders": [generator.get_state() for generator in generators]}
-
-
-def _apply(saved: dict[str, Any] | None, generators: list[torch.Generator]) -> None:
-    if saved is None:
-        return
-    set_random_state(saved["global"])
-    for generator, state in zip(generators, saved["loaders"], strict=False):
-        generator.set_state(state.cpu())
