@@ -70,6 +70,7 @@ class GradientNoiseMonitor(Callback):
         self._pending: Tensor | None = None
         self._norm_test = math.nan
         self._batch: Any = None
+        self._saved_meter: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -109,6 +110,11 @@ class GradientNoiseMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the parameters, and refuses a source that does not exist here."""
         self._meter.start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint between two updates that are compared goes on with the second."""
+        saved, self._saved_meter = self._saved_meter, None
+        self._meter.load_state_dict(trainer, saved)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decides whether this window is measured."""
@@ -172,9 +178,8 @@ class GradientNoiseMonitor(Callback):
         RunLog.of(trainer).scalars(values)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves no hook behind."""
+        """Leaves no hook behind. The state stays: who saves a checkpoint on an exception comes after us."""
         self._meter.stop()
-        self._meter.forget()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves no hook behind."""
@@ -183,11 +188,13 @@ class GradientNoiseMonitor(Callback):
         self._meter.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """The smoothed sums, as primitives."""
+        """The smoothed sums and, between two updates that are compared, the first one's gradient."""
         self._read()
         return {
             "noise": self._state.state_dict(),
             "modules": {name: state.state_dict() for name, state in self._modules.items()},
+            "norm_test": self._norm_test,
+            "meter": self._meter.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -196,3 +203,5 @@ class GradientNoiseMonitor(Callback):
             return
         self._state = NoiseState.from_state_dict(state_dict["noise"])
         self._modules = {name: NoiseState.from_state_dict(state) for name, state in state_dict["modules"].items()}
+        self._norm_test = state_dict["norm_test"]
+        self._saved_meter = state_dict["meter"]

@@ -1,9 +1,13 @@
+import csv
 import math
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -152,6 +156,41 @@ def test_measures_on_its_schedule_and_is_saved(tmp_path):
 class Evaluated(Net):
     def test_step(self, batch, batch_idx):
         pass
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_between_two_compared_updates_a_resumed_run_logs_what_the_unbroken_one_does(tmp_path, broken_off):
+    """Every fourth update and the one after it are compared: a checkpoint after an epoch of nine lies between."""
+
+    class BreakOff(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if broken_off and trainer.global_step == 9:
+                raise RuntimeError("the power is gone")
+
+        def on_exception(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / "broken.ckpt")
+
+    def run(where, *callbacks, ckpt=None):
+        logger = CSVLogger(where, flush_logs_every_n_steps=1)
+        options = {**QUIET, "logger": logger, "log_every_n_steps": 1, "enable_checkpointing": True, "max_epochs": 2}
+        watched = [GradientNoiseMonitor(every_n_steps=4), *callbacks]
+        trainer = L.Trainer(callbacks=watched, default_root_dir=where, **options)
+        L.seed_everything(3, verbose=False)
+        trainer.fit(Net(nn.BatchNorm1d), DataLoader(data(108), 12), ckpt_path=ckpt)
+        logger.save()
+        with open(Path(logger.log_dir) / "metrics.csv") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("autotune/noise_scale")]
+        return [[row[f"autotune/{name}"] for name in ("noise_scale", "norm_test")] for row in rows]
+
+    whole = run(tmp_path / "whole", ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=9, save_top_k=-1))
+    checkpoint = tmp_path / "step=9.ckpt"
+    if broken_off:
+        checkpoint = tmp_path / "broken.ckpt"
+        with pytest.raises(RuntimeError, match="power"):
+            run(tmp_path / "first", BreakOff())
+    resumed = run(tmp_path / "resumed", ckpt=checkpoint)
+    assert len(resumed) == 3
+    assert resumed == whole[-3:]
 
 
 def test_a_second_fit_begins_anew_and_an_evaluated_checkpoint_says_nothing(tmp_path):
