@@ -88,7 +88,7 @@ class Replay:
     def _read(self) -> Any:
         with self._own_randomness():
             if self._source is None:
-                self._source = self._endless()
+                self._source = _endless(self._open)
             batch = next(self._source)
         self._room -= bytes_in(batch)
         if self._room >= 0 or not self._cached:
@@ -97,7 +97,7 @@ class Replay:
         return batch
 
     def _read_again(self, position: int) -> Iterator[Any]:
-        source, start = self._endless(), 0
+        source, start = _endless(self._open), 0
         while True:
             with self._own_randomness():
                 for _ in range(position - start):
@@ -106,17 +106,22 @@ class Replay:
             start = position = position + 1
             yield batch
 
-    def _endless(self) -> Iterator[Any]:
-        while True:
-            empty = True
-            for batch in self._open():
-                empty = False
-                yield batch
-            if empty:
-                raise UnsupportedSetupError("the training loader yields no batch: there is nothing to try")
-
     def _own_randomness(self) -> _Swapped:
         return _Swapped(self)
+
+
+def _endless(open_stream: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """One stream after the other. Knows nothing of who reads it, so that its workers end when nobody does.
+
+    Left to the garbage collector, which finds cycles in any order, torch waits five seconds for each worker.
+    """
+    while True:
+        empty = True
+        for batch in open_stream():
+            empty = False
+            yield batch
+        if empty:
+            raise UnsupportedSetupError("the training loader yields no batch: there is nothing to try")
 
 
 class _Swapped:

@@ -1,9 +1,12 @@
 """Trials leave no trace: a run under AutoLRS equals the same run in plain Lightning at the same rates, bit for bit."""
 
 import csv
+import gc
+import multiprocessing
 
 import lightning as L
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from autotune.stage.machine import StageMachine
@@ -124,3 +127,37 @@ class TestNoTrace:
 
     def test_as_published(self, tmp_path):
         compare(tmp_path, lambda: Tiny("dropout"), {"max_steps": 600}, objective="forecast", search_budget=0.9)
+
+
+class Processes(Callback):
+    """How many processes there are at each update, and during trials."""
+
+    def __init__(self):
+        self.between, self.within = set(), 0
+
+    def on_train_batch_start(self, *args):
+        self.between.add(len(multiprocessing.active_children()))
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.register_forward_hook(lambda *_: self.count())
+
+    def count(self):
+        self.within = max(self.within, len(multiprocessing.active_children()))
+
+
+@pytest.mark.usefixtures("several_searches")
+@pytest.mark.parametrize("settings", [{"max_steps": 120}, {"max_epochs": -1, "max_time": {"seconds": 3}}])
+@pytest.mark.parametrize("validation", [True, False])
+def test_no_worker_is_left_over(tmp_path, validation, settings):
+    """Not even until the garbage is collected: torch waits for five seconds then, for each worker."""
+    seen, plain, callback = Processes(), Processes(), controller()
+    gc.disable()
+    try:
+        for callbacks, end in [([callback, seen], settings), ([plain], {"max_steps": 120})]:
+            validated = val_loader(num_workers=1) if validation else None
+            trainer(tmp_path, *callbacks, **end).fit(Tiny(), loader(480, 8, num_workers=2), validated)
+    finally:
+        gc.enable()
+    assert searches(callback)
+    assert seen.between == plain.between
+    assert seen.within == plain.within + 2
