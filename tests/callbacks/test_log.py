@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from autotune.callbacks import AdaptiveBatchSize
 from autotune.decision import Decision, DecisionLog, read_decisions
-from tests.callbacks.harness import Tiny, Witness, controller, loader, trainer, val_loader
+from tests.callbacks.harness import Break, Tiny, Witness, controller, loader, trainer, val_loader
 
 pytestmark = pytest.mark.usefixtures("several_searches")
 
@@ -123,6 +124,20 @@ def test_a_log_that_cannot_be_written(tmp_path, how):
     assert sum("decision log" in str(one.message) for one in caught) == 1
     assert runner.global_step == 60
     assert callback.decisions[-1].kind == "finish"
+
+
+@pytest.mark.filterwarnings("ignore:autotune. per-example gradient noise covers")
+@pytest.mark.parametrize("make", [controller, AdaptiveBatchSize])
+def test_a_fit_after_one_that_broke_off_begins_a_log_of_its_own(tmp_path, make):
+    breaking = Break(20, tmp_path / "broken.ckpt")
+    runner = trainer(tmp_path, make(), breaking, max_steps=40)
+    with pytest.raises(ZeroDivisionError):
+        runner.fit(Tiny(), loader(batch=8), val_loader())
+    breaking.update = -1
+    runner.fit(Tiny(), loader(batch=8), val_loader())
+    found = read_decisions(tmp_path)
+    assert found == runner.callbacks[0].decisions
+    assert [one.kind for one in found].count("setup") == 1
 
 
 def test_the_disk_fills_up_in_the_middle(tmp_path):

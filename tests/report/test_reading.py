@@ -41,6 +41,14 @@ def test_a_whole_run_has_no_problem_and_all_curves(tiny):
     assert run.last_step == 140
 
 
+def test_the_monitored_metric_is_the_validation_curve_alone_whatever_its_name(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,lossy,loss\n0,2.0,4.0\n1,1.0,3.0\n")
+    run = read_run(log(tmp_path, line(kind="setup", action="begin", step=0, numbers={"monitor": "lossy"})))
+    assert {role: name for role, (name, _) in losses(run).items()} == {"validation": "lossy", "train": "loss"}
+    alone = replace(run, metrics={"lossy": run.metrics["lossy"]})
+    assert list(losses(alone)) == ["validation"]
+
+
 def test_missing_paths_are_named(tmp_path):
     with pytest.raises(LogFormatError, match="nowhere does not exist: name a run's directory"):
         read_run(tmp_path / "nowhere")
