@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ LINES = "growth-cpu.csv"
 RATES = Path(__file__).resolve().with_name("growth_rates.json")
 MOST = 16  # max_batch_size of the growing runs, in units of the batch they begin with
 STILL = "still"
+DOUBLING = "doubling"
+DOUBLINGS = (
+    4  # at every fifth of the examples (AdaBatch: Devarakonda et al. 2017, arXiv 1712.02029): 16 times at the end
+)
 TOGETHER = ("autolrs", "autolrs_grown")
 PUBLISHED = ("norm", "inner_product", "augmented", "coordinate")
 Run = tuple[str, str, int, int]  # workload, rule, first batch, seed
@@ -57,22 +61,45 @@ def epochs_of(workload: Workload) -> int:
 
 def fixed(workload: Workload, batch: int, lr: float, seed: int) -> tuple[float, int]:
     """Final validation loss and updates of a plain loop at one batch; infinite where it explodes."""
+    updates = epochs_of(workload) * math.ceil(len(training_set(workload)) / batch)
+    return _plain(workload, lr, seed, lambda done, seen: (batch, 1 - done / updates))
+
+
+def doubled(workload: Workload, first: int, lr: float, seed: int) -> tuple[float, int]:
+    """The same with a batch that doubles at fixed shares of the examples, and a rate that follows by the rule of its
+    optimizer's family: linear for SGD, the square root for the others."""
+    examples = epochs_of(workload) * len(training_set(workload))
+    power = 1.0 if workload.optimizer == "SGD" else 0.5
+
+    def plan(done: int, seen: int) -> tuple[int, float]:
+        growth = 2 ** (seen * (DOUBLINGS + 1) // examples)
+        return first * growth, (1 - seen / examples) * growth**power
+
+    return _plain(workload, lr, seed, plan)
+
+
+def _plain(
+    workload: Workload, lr: float, seed: int, plan: Callable[[int, int], tuple[int, float]]
+) -> tuple[float, int]:
+    """A plain loop; ``plan`` makes of the updates made and the examples seen a batch and a share of the rate."""
     task, train = workload.build(seed, lr), training_set(workload)
     optimizer = task.plain_optimizer()
     generator = torch.Generator().manual_seed(2000 + seed)
-    updates = epochs_of(workload) * math.ceil(len(train) / batch)
-    done = 0
+    done = seen = 0
     for _ in range(epochs_of(workload)):
-        for rows in torch.randperm(len(train), generator=generator).split(batch):
+        order = torch.randperm(len(train), generator=generator)
+        while len(order):
+            batch, share = plan(done, seen)
+            rows, order = order[:batch], order[batch:]
             for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - done / updates)
+                group["lr"] = lr * share
             optimizer.zero_grad()
             loss = task.loss(train.__getitems__(rows))
             loss.backward()
             if workload.clip is not None:
                 torch.nn.utils.clip_grad_norm_(task.parameters(), workload.clip)
             optimizer.step()
-            done += 1
+            done, seen = done + 1, seen + len(rows)
         if not math.isfinite(float(loss)):
             return math.inf, done
     return validation_loss(task, list(workload.val_loader())), done
@@ -127,12 +154,14 @@ def together(workload: Workload, growing: bool, seed: int) -> tuple[float, int]:
 
 
 def one(name: str, rule: str, batch: int, seed: int, folder: Path) -> str:
-    """One run, its batch ``"fixed"`` or grown by a rule; the result goes to disk."""
+    """One run, its batch ``"fixed"``, ``"doubling"`` or grown by a rule; the result goes to disk."""
     quiet()
     workload, lr, began = SUITE[name], rates().get(name, {}).get(str(batch), math.nan), time.perf_counter()
     known = {"workload": name, "key": workload.key(), "rule": rule, "batch": batch, "lr": lr, "seed": seed}
     if rule == "fixed":
         loss, updates = fixed(workload, batch, lr, seed)
+    elif rule == DOUBLING:
+        loss, updates = doubled(workload, batch, lr, seed)
     elif rule in TOGETHER:
         loss, updates = together(workload, rule == "autolrs_grown", seed)
     else:

@@ -10,7 +10,8 @@ Our growing runs begin at the workload's own batch and at the best fixed one, th
 own, each with the rate that was tuned for it. A cell is the loss over that of the best fixed batch on the same seeds,
 and the updates saved against the fixed batch that the run begins with. "Not growing" is that batch again, under
 Lightning and with its order of examples: what it is off by is the noise of the seeds, and what the best of five gains
-by being chosen. "The same over not growing" is the cost of growth alone. ``growth_rates.json`` keeps the tuned rates.
+by being chosen. "The same over not growing" is the cost of growth alone. "Doubling from it" measures nothing: its batch
+doubles at every fifth of the examples. ``growth_rates.json`` keeps the tuned rates.
 """
 
 from __future__ import annotations
@@ -28,7 +29,21 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from growth_runs import LINES, PUBLISHED, RATES, STILL, TOGETHER, Run, fixed, load, one, quiet, rates, write_lines  # noqa: E402
+from growth_runs import (  # noqa: E402
+    DOUBLING,
+    LINES,
+    PUBLISHED,
+    RATES,
+    STILL,
+    TOGETHER,
+    Run,
+    fixed,
+    load,
+    one,
+    quiet,
+    rates,
+    write_lines,
+)
 from report import WORST, geometric  # noqa: E402
 from results import FOLDER, keep  # noqa: E402
 from run import work  # noqa: E402
@@ -38,7 +53,8 @@ from workloads import Workload  # noqa: E402
 #: Fixed batches, in units of the workload's own.
 FACTORS = (0.5, 1, 2, 4, 8)
 FIRST_GUESS = {"SGD": 0.1, "AdamW": 0.01, "RMSprop": 0.003}
-_OURS = ("not growing", "ours from it", "the same over not growing", "ours from the suite's")
+_OURS = ("not growing", "ours from it", "the same over not growing", "doubling from it", "ours from the suite's")
+RULES = ("noise_scale", DOUBLING, *PUBLISHED)
 Runs = Mapping[Run, Mapping[str, Any]]
 Score = tuple[float, float]  # loss over the reference's, share of updates saved
 
@@ -82,10 +98,10 @@ def gather(target: Path) -> None:
 
 
 def contenders(workload: Workload, best: int, rules: Sequence[str]) -> list[tuple[str, int]]:
-    """Rule and first batch of every run under Lightning: the best batch not growing, ours from it and from the
-    suite's, the published from the suite's."""
+    """Rule and first batch of every run but the fixed: the best batch not growing and doubling, ours from it and from
+    the suite's, the published from the suite's."""
     ours = [("noise_scale", first) for first in dict.fromkeys((workload.batch_size, best))]
-    every = [(STILL, best), *ours, *((rule, workload.batch_size) for rule in PUBLISHED)]
+    every = [(STILL, best), (DOUBLING, best), *ours, *((rule, workload.batch_size) for rule in PUBLISHED)]
     return [(rule, first) for rule, first in every if rule in (STILL, *rules)]
 
 
@@ -135,6 +151,7 @@ def table(names: Sequence[str], seeds: Sequence[int], runs: Runs) -> str:
             continue
         start = SUITE[name].batch_size
         pairs = [(STILL, best, "fixed"), ("noise_scale", best, "fixed"), ("noise_scale", best, STILL)]
+        pairs += [(DOUBLING, best, "fixed")]
         pairs += [(rule, start, "fixed") for rule in ("noise_scale", *PUBLISHED)]
         cells = []
         for head, (rule, first, against) in zip(heads[1:], pairs, strict=True):
@@ -186,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="*", default=list(SUITE), choices=list(SUITE))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--rules", nargs="*", default=["noise_scale", *PUBLISHED], choices=["noise_scale", *PUBLISHED])
+    parser.add_argument("--rules", nargs="*", default=RULES, choices=RULES)
     parser.add_argument("--tune", action="store_true", help="find the rates on --seeds and stop")
     parser.add_argument("--together", action="store_true", help="under AutoLRS, with and without growth")
     parser.add_argument("--dry-run", action="store_true", help="print the table of what is known and run nothing")
