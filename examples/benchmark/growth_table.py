@@ -2,7 +2,7 @@
 
     python examples/benchmark/growth_table.py --tune                 # rates for each batch, on seeds 0 and 1
     python examples/benchmark/growth_table.py --seeds 10 11 12       # the table, at those rates; can be resumed
-    python examples/benchmark/growth_table.py --seeds 10 11 12 13 14 --rules noise_scale
+    python examples/benchmark/growth_table.py --seeds 10 11 12 13 14 --rules noise_scale doubling
     python examples/benchmark/growth_table.py --together --seeds 10 11 12   # under AutoLRS, with and without growth
     python examples/benchmark/growth_table.py --seeds 10 11 12 --dry-run    # from the lines kept with the code
 
