@@ -25,6 +25,10 @@ class GradientNoiseMonitor(Callback):
 
     The noise scale is a proxy of the critical batch size, not that size itself.
 
+    Taken to be so, and not seen where it is not: the first axis of a batch's tensors is its examples, and the loss is a
+    mean (or a sum) of one term an example. A loss that compares the examples of a batch with one another (contrastive
+    ones) has no noise of single examples.
+
     Args:
         every_n_steps: Measure one update in so many.
         source: ``"auto"``: micro-batches and ranks where an update has several, else per-example gradients,
@@ -155,7 +159,7 @@ class GradientNoiseMonitor(Callback):
         self._pending = None
         variance, signal = record.variance(), record.signal()
         names = self._meter.parameters.group_names if self._meter.parameters is not None else ()
-        if len(names) > 1:
+        if len(names) > 1 and len(names) == len(variance):  # else more of them have begun to train since
             for name, v, s in zip(names, variance.tolist(), signal.tolist(), strict=True):
                 state = self._modules.get(name, self._smoother.init())
                 self._modules[name] = self._smoother.step_values(state, v, s)

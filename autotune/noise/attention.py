@@ -51,7 +51,10 @@ class Inputs:
 
 def is_supported(layer: nn.Module) -> bool:
     """Whether it is that layer, and repeating it gives the same."""
-    return type(layer) is nn.MultiheadAttention and (layer.dropout == 0.0 or not layer.training)
+    if type(layer) is not nn.MultiheadAttention or (layer.dropout > 0.0 and layer.training):
+        return False
+    # It reads the output matrix's weights itself: a wrapped or parametrized one is another function.
+    return type(layer.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 def read(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:

@@ -30,3 +30,4 @@ class Call:
     layer: nn.Module
     inputs: Tensor | Inputs
     gradient: Tensor | None = None
+    learned: bool = False

@@ -33,12 +33,18 @@ Rows: TypeAlias = "tuple[Tensor, Tensor]"
 
 _NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Layers whose output for one example depends on the others.
-COUPLED = (nn.modules.batchnorm._BatchNorm,)
+
+
+def is_coupled(layer: nn.Module) -> bool:
+    """Whether its output for one example depends on the others, in the mode in which it is."""
+    # Without running statistics those of the batch are used in evaluation mode as well.
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or layer.running_mean is None)
 
 
 def is_supported(layer: nn.Module) -> bool:
     """Whether the layer's own parameters can be told apart by example."""
+    if "forward" in vars(layer):  # replaced on this one
+        return False
     if type(layer) is nn.Embedding:
         return not (layer.sparse or layer.scale_grad_by_freq or layer.max_norm is not None)
     if isinstance(layer, _CONVOLUTIONS):
@@ -50,6 +56,15 @@ def is_supported(layer: nn.Module) -> bool:
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The layer's parameters by name; an attention layer runs its output matrix itself."""
     return dict(layer.named_parameters(recurse=isinstance(layer, nn.MultiheadAttention)))
+
+
+def has_examples(layer: nn.Module, e: Tensor) -> bool:
+    """Whether the output, whose gradient is ``e``, has an axis before those that the layer needs."""
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return e.ndim > len(layer.normalized_shape)
+    if isinstance(layer, _CONVOLUTIONS):
+        return e.ndim == len(layer.kernel_size) + 2
+    return e.ndim >= (3 if isinstance(layer, nn.MultiheadAttention) else 2)
 
 
 def first_axis_examples(layer: nn.Module, e: Tensor) -> Tensor:
@@ -163,7 +178,7 @@ def _normalisation(layer: nn.Module, a: Tensor, e: Tensor) -> Instances:
     count = a.shape[0]
     if isinstance(layer, nn.GroupNorm):
         hat = F.group_norm(a, layer.num_groups, eps=layer.eps)
-        grads = {"weight": (hat * e).flatten(2).sum(2), "bias": e.flatten(2).sum(2)}
+        grads = {"weight": (hat * e).reshape(*e.shape[:2], -1).sum(2), "bias": e.reshape(*e.shape[:2], -1).sum(2)}
         return {name: grad for name, grad in grads.items() if getattr(layer, name) is not None}
     assert isinstance(layer, (nn.LayerNorm, nn.RMSNorm))
     shape = tuple(layer.normalized_shape)

@@ -79,7 +79,8 @@ class ChunkMeter:
         self._norms = [None] * len(self.parameters.parameters)
         self._chunk = [None] * len(self.parameters.parameters)
         for index, parameter in enumerate(self.parameters.parameters):
-            self._handles.append(parameter.register_hook(self._hook(index)))  # type: ignore[no-untyped-call]
+            if parameter.requires_grad:  # it may have been frozen since
+                self._handles.append(parameter.register_hook(self._hook(index)))  # type: ignore[no-untyped-call]
 
     def _hook(self, index: int) -> Any:
         parameter = self.parameters.parameters[index]

@@ -100,7 +100,7 @@ class ParameterSet:
 
 def squared_norm(tensor: Tensor) -> Tensor:
     """Sum of squares, shape (), accumulated in float32 at least; reads the tensor once."""
-    flat = tensor.detach().reshape(-1)
+    flat = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).reshape(-1)
     if flat.dtype in (torch.float16, torch.bfloat16):
         norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32)
         return norm.square()

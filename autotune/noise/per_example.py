@@ -23,6 +23,7 @@ an example's gradient depends on its neighbours, and the quantity does not exist
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +33,8 @@ from torch import Tensor, nn
 from autotune.errors import UnsupportedSetupError
 from autotune.noise import attention, layers
 from autotune.noise.calls import Call, Coverage
-from autotune.noise.graph import unaccounted
-from autotune.noise.microbatch import Extras, coordinate_ratio, upper_quantile
+from autotune.noise.graph import Reached, reached
+from autotune.noise.microbatch import Extras, coordinate_ratio, kish_effective, upper_quantile
 from autotune.noise.parameters import Metric, ParameterSet, weighted
 from autotune.noise.ranks import Ranks
 from autotune.noise.statistics import ChunkSums, GradientRecord
@@ -71,7 +72,8 @@ class PerExampleMeter:
         self._batch = 0
         self._scale: float | Tensor = 1.0
         self._excluded: dict[str, str] = {}
-        self._by_hand: dict[int, int] = {}
+        self._fired: Counter[int] = Counter()
+        self._reached: Reached | None = None
         self._covered: set[int] | None = None
         self._sums: ChunkSums | None = None
         self._coverage = Coverage(1.0, {})
@@ -95,13 +97,17 @@ class PerExampleMeter:
         Raises:
             UnsupportedSetupError: With the layer's name and what to do.
         """
-        for name, module in self.model.named_modules():
-            if isinstance(module, layers.COUPLED) and module.training:
-                raise UnsupportedSetupError(
-                    f"per-example gradients do not exist under batch normalisation ({name!r}): it makes "
-                    "an example's loss depend on its neighbours. Take source='microbatch' with "
-                    "Trainer(accumulate_grad_batches=2) or more, source='ranks', or GroupNorm"
-                )
+        name = self.coupled()
+        if name is not None:
+            raise UnsupportedSetupError(
+                f"per-example gradients do not exist under batch normalisation ({name!r}): it makes "
+                "an example's loss depend on its neighbours. Take source='microbatch' with "
+                "Trainer(accumulate_grad_batches=2) or more, source='ranks', or GroupNorm"
+            )
+
+    def coupled(self) -> str | None:
+        """The first layer that makes an example's loss depend on its neighbours; None where there is none."""
+        return next((name for name, module in self.model.named_modules() if layers.is_coupled(module)), None)
 
     def attach(self) -> None:
         """Puts the forward hooks on.
@@ -114,7 +120,9 @@ class PerExampleMeter:
         for name, module in self.model.named_modules():
             mine = layers.own_parameters(module).values() if layers.is_supported(module) else ()
             if any(id(parameter) in self._index for parameter in mine):
-                self._handles.append(module.register_forward_hook(self._forward_hook(name), with_kwargs=True))
+                # Before other hooks, which may change the output.
+                hook = module.register_forward_hook(self._forward_hook(name), with_kwargs=True, prepend=True)
+                self._handles.append(hook)
 
     def detach(self) -> None:
         """Takes every hook off and forgets what was kept."""
@@ -126,15 +134,14 @@ class PerExampleMeter:
 
     def _forward_hook(self, name: str) -> Any:
         def forward_hook(layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            weights = None
-            if isinstance(layer, nn.MultiheadAttention):
-                output, weights = output
-            elif not inputs:
-                return
-            if not output.requires_grad:
-                return
             attends = isinstance(layer, nn.MultiheadAttention)
-            call = Call(name, layer, attention.read(layer, inputs, kwargs) if attends else inputs[0].detach())
+            output, weights = output if attends else (output, None)
+            # Under functional_call the layer holds other tensors, which are nothing of ours.
+            if not output.requires_grad or not self._own(layer):
+                return
+            given = (*inputs, *(kwargs[key] for key in ("query", "input") if key in kwargs))[0]
+            call = Call(name, layer, attention.read(layer, inputs, kwargs) if attends else given.detach())
+            call.learned = isinstance(given, nn.Parameter)
             self._pending[id(call)] = call
             output.register_hook(lambda gradient: self._backward(call, gradient))
             if weights is not None and weights.requires_grad:
@@ -148,25 +155,34 @@ class PerExampleMeter:
         if not self._armed:
             return
         call.gradient = gradient.detach()
+        self._fired.update(id(parameter) for parameter in self._own(call.layer).values())
         uses = [self._uses[id(parameter)] for parameter in layers.own_parameters(call.layer).values()]
         simple = self.metric is None and not (self.extras.inner or self.extras.coordinate)
-        if simple and max(uses, default=0) == 1:
-            self._take(call, layers.squares, self._norms)
-        else:
-            self._take(call, layers.instances, self._grads)
+        try:
+            if simple and max(uses, default=0) == 1:
+                self._take(call, layers.squares, self._norms)
+            else:
+                self._take(call, layers.instances, self._grads)
+        except torch.OutOfMemoryError:
+            raise  # the loop's business
+        except Exception as error:  # a layer's unusual input must not break off the user's backward pass
+            self._leave_out(call, f"{type(error).__name__}: {error}")
 
     def _take(self, call: Call, reader: layers.Reader, store: dict[int, Tensor]) -> None:
         layer, a = call.layer, call.inputs
         assert call.gradient is not None
         e = layers.first_axis_examples(layer, call.gradient)
         own = self._own(layer)
-        reason = self._reason(a, e, own, reader)
+        reason = self._reason(call, e, own, reader)
         if reason is not None:
             self._leave_out(call, reason)
             return
         for key, value in reader(layer, a, e).items():
             if key in own:
                 before = store.get(id(own[key]))
+                if before is not None and reader is layers.squares:
+                    self._leave_out(call, "a checkpoint used it once more in the backward pass")
+                    return
                 store[id(own[key])] = value if before is None else before + value
 
     def _own(self, layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -177,9 +193,19 @@ class PerExampleMeter:
             self._excluded[f"{call.name}.{key}"] = reason
             self._uses[id(parameter)] = -(10**6)
 
-    def _reason(self, a: Any, e: Tensor, own: dict[str, nn.Parameter], reader: layers.Reader) -> str | None:
+    def _reason(self, call: Call, e: Tensor, own: dict[str, nn.Parameter], reader: layers.Reader) -> str | None:
+        a: Any = call.inputs
+        if call.learned:
+            return "its input is a parameter and holds no examples"
+        if e.is_complex():
+            return "it computes with complex numbers"
+        if not layers.has_examples(call.layer, e):
+            return "its input has no axis for examples"
         if a.ndim == 0 or a.shape[0] != self._batch or e.shape[0] != self._batch:
             return f"its input's first axis is {a.shape[0] if a.ndim else 0} long, the batch {self._batch}"
+        positions = isinstance(call.layer, nn.Embedding) and a.ndim == 1
+        if positions and torch.equal(a, torch.arange(len(a), dtype=a.dtype, device=a.device)):
+            return "its input counts positions, not examples"
         numbers = self._batch * max((p.numel() for p in own.values()), default=0)
         if reader is layers.instances and numbers > INSTANCE_LIMIT:
             return f"its {self._batch} gradients would need {numbers} numbers at once, above {INSTANCE_LIMIT}"
@@ -194,10 +220,10 @@ class PerExampleMeter:
             metric: Preconditioner, as in :mod:`autotune.noise.parameters`.
         """
         self._batch, self.metric, self._armed = batch, metric, True
-        self._norms, self._grads, self._uses = {}, {}, Counter()
+        self._norms, self._grads, self._uses, self._fired = {}, {}, Counter(), Counter()
         for call in self._pending.values():
             self._uses.update(id(parameter) for parameter in layers.own_parameters(call.layer).values())
-        self._by_hand = {} if loss is None else unaccounted(loss, self._uses)
+        self._reached = None if loss is None else reached(loss)
 
     def end_chunk(self, scale: float | Tensor) -> None:
         """The backward pass is over; ``g_i = scale * h_i``."""
@@ -231,28 +257,51 @@ class PerExampleMeter:
 
     def _find_coverage(self) -> Coverage:
         excluded = dict(self._excluded)
-        covered = 0
-        total = sum(parameter.numel() for parameter in self.wanted.parameters)
+        covered = total = 0
         for name, parameter in zip(self.wanted.names, self.wanted.parameters, strict=True):
-            if self._is_covered(parameter):
+            is_covered = self._is_covered(parameter)
+            # What the loss does not reach has no gradient, and no noise.
+            total += parameter.numel() if is_covered or parameter.grad is not None else 0
+            if is_covered:
                 covered += parameter.numel()
                 excluded.pop(name, None)
-            elif id(parameter) in self._by_hand:
+            elif self._reached is not None and self._reached.coupled:
+                excluded[name] = "batch normalisation makes an example's gradient depend on its neighbours"
+            elif self._is_used_by_hand(parameter):
                 excluded[name] = "it is also used without its layer"
+            elif parameter._backward_hooks:
+                excluded[name] = "a hook on it may change its gradient"
             elif name not in excluded and parameter.grad is not None:
-                excluded[name] = "no supported layer used it in this pass"
-        return Coverage(covered / total, excluded)
+                excluded[name] = "no use of it by a supported layer was seen in this pass"
+        return Coverage(covered / total if total else 0.0, excluded)
 
     def _is_covered(self, parameter: nn.Parameter) -> bool:
         key = id(parameter)
         known = (key in self._norms) != (key in self._grads)
-        return known and self._uses[key] > 0 and key not in self._by_hand
+        own = self._uses[key] > 0 and not parameter._backward_hooks and not self._is_used_by_hand(parameter)
+        return known and own and not (self._reached is not None and self._reached.coupled)
 
-    def close(self, ranks: Ranks | None = None, scale: float | Tensor = 1.0) -> GradientRecord:
+    def _is_used_by_hand(self, parameter: nn.Parameter) -> bool:
+        """Whether the graph uses it more or less often than gradients of its layers' outputs have come."""
+        fired = self._fired[id(parameter)]
+        # Of a reentrant checkpoint the graph knows nothing.
+        uses = 0 if self._reached is None else self._reached.uses[id(parameter)]
+        return uses > 0 and 0 < fired != uses
+
+    def close(
+        self,
+        ranks: Ranks | None = None,
+        scale: float | Tensor = 1.0,
+        *,
+        weights: Sequence[float] | None = None,
+        sizes: Sequence[int] = (),
+    ) -> GradientRecord:
         """The record over what is covered, from ``.grad`` with ``g = scale * .grad``.
 
         Args:
             ranks: How to join with the other processes.
+            weights: ``w_m`` of this process's micro-batches as the loop weighted them; None for ``b_m / B``.
+            sizes: Their ``b_m``.
             scale: As it says; ``.grad`` is accumulated, averaged over ranks, unscaled, not yet clipped.
         """
         kept = self._kept()
@@ -273,7 +322,9 @@ class PerExampleMeter:
         )
         mean_sq = covered.gradient_squares(self.metric) * scale**2
         self._norms, self._grads = {}, {}
-        return sums.close(mean_sq, coordinate=coordinate if single else None)
+        world = 1 if ranks is None else ranks.size
+        effective = None if weights is None else kish_effective(weights, sizes) * world
+        return sums.close(mean_sq, effective, coordinate if single else None)
 
     def _extras(self, kept: list[tuple[nn.Parameter, int]], scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """``g_i . g`` of each example, and the quantile of ``V_j / g_j^2``."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -205,7 +206,8 @@ def release_memory() -> None:
 
 def _examples(batch: Any) -> int:
     leaves, _ = tree_flatten(batch)
-    return next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+    sizes = Counter(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim)
+    return int(sizes.most_common(1)[0][0]) if sizes else 1
 
 
 def split_batch(batch: Any, pieces: int) -> list[Any]:

@@ -7,6 +7,7 @@ Every candidate of a search must see the same batches, so they are kept in a bou
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -38,8 +39,9 @@ def bytes_in(batch: Any) -> int:
 
 
 def examples_in(batch: Any) -> int:
-    """Examples in a batch: the leading dimension of its first tensor (1 where it holds none)."""
-    return int(next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim), 1))
+    """Examples in a batch: the leading dimension of most of its tensors, or of the first (1 where it holds none)."""
+    sizes = Counter(tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim)
+    return int(sizes.most_common(1)[0][0]) if sizes else 1
 
 
 class Replay:

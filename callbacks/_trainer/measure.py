@@ -75,6 +75,7 @@ class LoopMeter:
         self._pairs: ConsecutiveMeter | None = None
         self._kept_at = 0
         self._told: set[str] = set()
+        self._left: list[tuple[int, int]] = []
         self._open: str | None = None
         self._weights: list[float] = []
         self._sizes: list[int] = []
@@ -86,19 +87,33 @@ class LoopMeter:
         Raises:
             UnsupportedSetupError: The source that was asked for does not exist here.
         """
-        mine = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+        mine = _optimized(trainer)
         if any(hasattr(p, "to_local") for p in mine):
             raise UnsupportedSetupError(
                 "parameters are sharded (FSDP), and no source measures shards yet; use strategy='ddp', or leave "
                 "the callback out"
             )
-        self.parameters = ParameterSet.of(module, by_module=self._by_module, only=mine)
+        self._watch(module, ParameterSet.of(module, by_module=self._by_module, only=mine))
+        self._check_explicit(trainer, module)
+
+    def _watch(self, module: nn.Module, parameters: ParameterSet) -> None:
+        self.parameters = parameters
         self._chunks = ChunkMeter(self.parameters, self.extras)
         self._pairs = ConsecutiveMeter(self.parameters)
         self._examples = None
         if any(layers.is_supported(child) for child in module.modules()):
             self._examples = PerExampleMeter(module, self.parameters, self.extras)
-        self._check_explicit(trainer, module)
+
+    def _follow(self, trainer: Any) -> None:
+        """Takes in parameters that have thawed since, or come to the optimizer, and leaves out what was frozen."""
+        assert self.parameters is not None
+        module, mine = trainer.lightning_module, _optimized(trainer)
+        if not any(parameter.requires_grad for parameter in mine):
+            return
+        now = ParameterSet.of(module, by_module=self._by_module, only=mine)
+        if [*map(id, now.parameters)] != [*map(id, self.parameters.parameters)]:
+            self._tell("followed", "other parameters train now than before: gradient noise is measured in those")
+            self._watch(module, now)
 
     def _check_explicit(self, trainer: Any, module: nn.Module) -> None:
         chunks = trainer.accumulate_grad_batches * trainer.world_size
@@ -137,9 +152,9 @@ class LoopMeter:
         assert self._examples is not None
         assert self.parameters is not None
         covered = 0
+        if self._examples.coupled() is not None:
+            return False
         for module in self._examples.model.modules():
-            if isinstance(module, layers.COUPLED) and module.training:
-                return False
             if layers.is_supported(module):
                 covered += sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
         total = sum(p.numel() for p in self.parameters.parameters)
@@ -155,13 +170,19 @@ class LoopMeter:
             self._examples.attach()
 
     def _begin(self, trainer: Any) -> None:
+        self._follow(trainer)
         self._open = self.pick(trainer)
-        self._weights, self._sizes = [], []
+        self._weights, self._sizes, self._left = [], [], []
         if self._open == "microbatch":
             assert self._chunks is not None
             self._chunks.begin(self._metric(trainer))
         elif self._open == "per_example":
             assert self._examples is not None
+            coupled = self._examples.coupled()
+            if coupled is not None:
+                self._open = None
+                self._tell("coupled", f"no gradient noise is measured while {coupled!r} normalises by batch")
+                return
             self._examples.begin()
         elif self._open == "consecutive":
             self._tell(
@@ -203,11 +224,26 @@ class LoopMeter:
         elif self._open == "per_example" and self._examples is not None:
             self._examples.end_chunk(self._sizes[-1] * scale)
             self._tell_coverage()
+        self._left = self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Tells whether gradients have been written since."""
+        assert self.parameters is not None
+        found = [parameter.grad for parameter in self.parameters.parameters]
+        return [(id(gradient), 0 if gradient is None else gradient._version) for gradient in found]
 
     def before_step(self, trainer: Any) -> GradientRecord | None:
         """The window's gradient is final and not yet clipped: its record, if this window is measured."""
         source, self._open = self._open, None
         if source is None or not self._weights:
+            return None
+        # Mixed precision unscales them itself.
+        if source != "consecutive" and self._left != self._versions() and _scaler(trainer) is None:
+            self._tell(
+                "edited",
+                "gradients are written between the backward pass and the update (by a module's on_after_backward, or "
+                "a callback), so that they are not the sum of their parts: no gradient noise is taken of such updates",
+            )
             return None
         scale = 1.0 / sum(self._weights)
         ranks = Ranks.here() if trainer.world_size > 1 else None
@@ -218,7 +254,10 @@ class LoopMeter:
             return self._chunks.close(ranks, self._weights, scale)
         if source == "per_example":
             assert self._examples is not None
-            return self._examples.close(ranks, scale) if self._examples.coverage().share > 0 else None
+            if self._examples.coverage().share == 0:
+                return None
+            weights = self._weights if len(self._weights) > 1 else None
+            return self._examples.close(ranks, scale, weights=weights, sizes=self._sizes)
         return self._compare(trainer, scale)
 
     def _compare(self, trainer: Any, scale: float) -> GradientRecord | None:
@@ -293,6 +332,13 @@ class LoopMeter:
 
 def _loss_scale(trainer: Any) -> float | Tensor:
     """Mixed precision's loss scale as it lies on the device: reading it as a number would wait for the device."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scale = None if scaler is None else getattr(scaler, "_scale", None)
+    scale = getattr(_scaler(trainer), "_scale", None)
     return 1.0 if scale is None else scale.detach().clone()
+
+
+def _optimized(trainer: Any) -> list[nn.Parameter]:
+    return [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def _scaler(trainer: Any) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)

@@ -243,5 +243,111 @@ def test_partial_coverage_is_told_by_name(tmp_path):
         def training_step(self, batch, batch_idx):
             return super().training_step((batch[0] * self.scale, batch[1]), batch_idx)
 
-    with pytest.warns(UserWarning, match=r"leaves out scale \(no supported layer"):
+    with pytest.warns(UserWarning, match=r"leaves out scale \(no use of it"):
         fit(tmp_path, Mixed(), GradientNoiseMonitor(every_n_steps=1), max_epochs=1)
+
+
+def test_an_uneven_window_of_single_examples_knows_how_few_its_mean_is_worth(tmp_path):
+    """Lightning gives 32 examples and one the same weight: the two equations of the record, with B_e of 3.9."""
+    monitor, dataset = Records(every_n_steps=1, source="per_example"), data(33)
+    model = Net(rate=0.0)
+    fit(tmp_path, model, monitor, batch_size=32, dataset=dataset, accumulate_grad_batches=2, max_epochs=1)
+    rows = per_example_gradients(model.net, F.cross_entropy, *dataset.tensors, list(model.parameters()))
+    weights = torch.tensor([1 / 64] * 32 + [0.5], dtype=torch.double)
+    effective, mean_sq = 1 / float(weights.square().sum()), float((weights @ rows).square().sum())
+    expected = (float(rows.square().sum()) - 33 * mean_sq) / (33 - 33 / effective)
+    assert float(monitor.found[0].variance()) == pytest.approx(expected, rel=1e-5)
+    assert float(monitor.found[0].signal()) == pytest.approx(mean_sq - expected / effective, rel=1e-5)
+
+
+class Freeze(L.Callback):
+    """Freezes the first layer from an update on, or lets it train from then on."""
+
+    def __init__(self, update, trains):
+        self.update, self.trains = update, trains
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.net[0].requires_grad_(not self.trains)
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        if trainer.global_step == self.update:
+            pl_module.net[0].requires_grad_(self.trains)
+
+
+@pytest.mark.filterwarnings("ignore:autotune. other parameters train now")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("trains", [True, False])
+def test_layers_may_freeze_and_thaw_on_the_way(tmp_path, trains, accumulate):
+    monitor, model = Records(every_n_steps=1, by_module=True), Net(rate=0.0)
+    options = {"accumulate_grad_batches": accumulate, "batch_size": 12 // accumulate, "max_epochs": 1}
+    fit(tmp_path, model, Freeze(4, trains), monitor, **options)
+    x, y = (column[48:60] for column in data().tensors)
+    trained = [p for name, p in model.named_parameters() if trains or name.startswith("net.3")]
+    rows = per_example_gradients(model.net, F.cross_entropy, x, y, trained)
+    expected = variance(rows) if accumulate == 1 else chunked_variance(rows, [6, 6])
+    assert len(monitor.found) == 8
+    assert float(monitor.found[4].variance().sum()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:autotune. per-example gradient noise covers")
+def test_batch_normalisation_that_wakes_on_the_way_stops_the_measuring(tmp_path):
+    class Wakes(Net):
+        def on_train_epoch_start(self):
+            self.net[1].train(self.current_epoch > 0)
+
+    monitor = Records(every_n_steps=1, source="per_example")
+    model = Wakes(nn.BatchNorm1d)
+    model.net[1].eval()
+    with pytest.warns(UserWarning, match=r"no gradient noise is measured while 'net\.1'"):
+        fit(tmp_path, model, monitor)
+    assert len(monitor.found) == 8
+
+
+def test_gradients_that_are_edited_are_not_the_sum_of_their_parts(tmp_path):
+    class Edits(Net):
+        def on_after_backward(self):
+            self.net[0].weight.grad.zero_()
+
+    monitor = Records(every_n_steps=1)
+    with pytest.warns(UserWarning, match="gradients are written between"):
+        fit(tmp_path, Edits(), monitor)
+    assert monitor.found == []
+
+
+def test_the_batch_is_as_long_as_most_of_its_tensors(tmp_path):
+    class Masked(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    def collate(items):
+        x, y = (torch.stack(column) for column in zip(*items, strict=True))
+        return {"mask": torch.ones(3, 3), "x": x, "y": y}
+
+    monitor = Records(every_n_steps=1)
+    trainer = L.Trainer(callbacks=[monitor], **{**QUIET, "max_epochs": 1, "default_root_dir": tmp_path})
+    trainer.fit(Masked(), DataLoader(data(), 12, collate_fn=collate))
+    assert {float(record.sums.examples) for record in monitor.found} == {12.0}
+
+
+def test_complex_weights_in_micro_batches_are_that_of_the_slow_twin(tmp_path):
+    class Complex(Net):
+        def __init__(self):
+            super().__init__(rate=0.0)
+            self.net[0] = nn.Linear(6, 12, dtype=torch.complex64)
+
+        def training_step(self, batch, batch_idx):
+            hidden = self.net[0](batch[0].to(torch.complex64)).abs()
+            return F.cross_entropy(self.net[3](hidden), batch[1])
+
+    monitor, model, dataset = Records(every_n_steps=1), Complex(), data(24)
+    fit(tmp_path, model, monitor, dataset=dataset, accumulate_grad_batches=2, max_epochs=1)
+    means = []
+    for begin in (0, 12):
+        model.zero_grad()
+        x, y = (column[begin : begin + 12] for column in dataset.tensors)
+        model.training_step((x, y), 0).backward()
+        found = [torch.view_as_real(p.grad) if p.is_complex() else p.grad for p in model.parameters()]
+        means.append(torch.cat([gradient.double().flatten() for gradient in found]))
+    expected = 12 * float((means[0] - means[1]).square().sum()) / 2
+    assert float(monitor.found[0].variance()) == pytest.approx(expected, rel=1e-5)
