@@ -9,6 +9,8 @@ affair.
 
 from __future__ import annotations
 
+import gc
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -21,6 +23,8 @@ from torch import Tensor
 #: Puts one value back and returns it.
 Restore = Callable[[], Any]
 
+#: Nobody can change them: kept by reference, at no cost.
+_FIXED = (type(None), bool, int, float, complex, str, bytes)
 _RANDOM = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -41,7 +45,7 @@ def save(value: Any, memo: dict[int, Restore] | None = None) -> Restore:
     >>> put_back() is queue, queue
     (True, [1, [2]])
     """
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+    if isinstance(value, _FIXED):
         return lambda: value
     memo = {} if memo is None else memo
     if id(value) in memo:
@@ -124,24 +128,33 @@ def _save_array(array: np.ndarray[Any, Any]) -> Restore:
 
 
 def _save_sequence(sequence: list[Any] | deque[Any], memo: dict[int, Restore]) -> Restore:
-    items = [save(item, memo) for item in sequence]
+    content = list(sequence)
+    inside = [(index, save(item, memo)) for index, item in enumerate(content) if not isinstance(item, _FIXED)]
 
     def restore() -> Any:
-        content = [item() for item in items]
-        sequence.clear()
-        sequence.extend(content)
+        if len(sequence) != len(content) or not all(map(operator.is_, sequence, content)):
+            sequence.clear()
+            sequence.extend(content)
+        for index, restore_item in inside:
+            if (item := restore_item()) is not content[index]:
+                sequence[index] = item
         return sequence
 
     return restore
 
 
 def _save_dict(mapping: dict[Any, Any], memo: dict[int, Restore]) -> Restore:
-    items = {key: save(item, memo) for key, item in mapping.items()}
+    content = dict(mapping)
+    inside = [(key, save(item, memo)) for key, item in content.items() if not isinstance(item, _FIXED)]
 
     def restore() -> dict[Any, Any]:
-        content = {key: item() for key, item in items.items()}
-        mapping.clear()
-        mapping.update(content)
+        same = len(mapping) == len(content) and all(map(operator.is_, mapping, content))
+        if not (same and all(map(operator.is_, mapping.values(), content.values()))):
+            mapping.clear()
+            mapping.update(content)
+        for key, restore_item in inside:
+            if (item := restore_item()) is not content[key]:
+                mapping[key] = item
         return mapping
 
     return restore
@@ -159,7 +172,7 @@ def _save_set(members: set[Any]) -> Restore:
 
 
 def _save_tuple(items: tuple[Any, ...], memo: dict[int, Restore]) -> Restore:
-    restores = [save(item, memo) for item in items]
+    restores = [save(item, memo) for item in items if not isinstance(item, _FIXED)]
 
     def restore() -> tuple[Any, ...]:
         for restore_item in restores:
@@ -213,14 +226,21 @@ class Attributes:
 
     def capture(self) -> None:
         """Remembers every attribute as it is now."""
+        self._saved = []  # not two copies at a time
         memo: dict[int, Restore] = {}
-        self._saved = [
-            (
-                vars(item),
-                {name: save(value, memo) for name, value in vars(item).items() if self._keeps(name, value)},
-            )
-            for item in self._objects
-        ]
+        collects = gc.isenabled()
+        gc.disable()  # what is made here stays, and looking through all of it for garbage takes as long as making it
+        try:
+            self._saved = [
+                (
+                    vars(item),
+                    {name: save(value, memo) for name, value in vars(item).items() if self._keeps(name, value)},
+                )
+                for item in self._objects
+            ]
+        finally:
+            if collects:
+                gc.enable()
 
     def restore(self) -> None:
         """Puts back what the last :meth:`capture` remembered."""
@@ -237,6 +257,24 @@ class Attributes:
         if self._largest is None:
             return True
         return not _exceeds(value, self._largest)
+
+
+def longest_container(objects: Iterable[Any]) -> tuple[str, int]:
+    """The attribute with the longest list, deque, dictionary or set, as ``Class.name``, and its length.
+
+    >>> class Player:
+    ...     def __init__(self):
+    ...         self.score, self.moves = 3, [1, 2]
+    >>> longest_container([Player()])
+    ('Player.moves', 2)
+    """
+    found = [
+        (f"{type(item).__name__}.{name}", len(value))
+        for item in objects
+        for name, value in getattr(item, "__dict__", {}).items()
+        if isinstance(value, (list, deque, dict, set))
+    ]
+    return max(found, key=operator.itemgetter(1), default=("", 0))
 
 
 def _exceeds(value: Any, most: int) -> bool:

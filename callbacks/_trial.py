@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from autotune.callbacks._trainer.bar import SearchBar
 from autotune.forecast.published import published_forecast
 from autotune.randomness import RandomState
@@ -70,11 +72,14 @@ def run_trial(
     stopper = TrialStopper()
     steps, lr = leg.shape.steps, math.exp(log_lr)
     curve: list[float] = []
+    # Arrays, filled as the trial goes on: every step is judged, and a long trial's lists would be read again each time.
+    losses, rival = np.empty(steps), None if best is None else np.asarray(best.curve)
     probes: list[float] = []
     for number in range(steps):
         curve.append(step(lr * leg.level * leg.shape(number)))
+        losses[number] = curve[-1]
         bar.step()
-        verdict = stopper.judge(curve, None if best is None else list(best.curve), steps, curve[0])
+        verdict = stopper.judge(losses[: number + 1], rival, steps, curve[0])
         if verdict.stop and (leg.stop_early or verdict.status == "diverged"):
             loss = _stopped_at(curve, best)
             how: Status = "diverged" if verdict.status == "diverged" else "stopped"

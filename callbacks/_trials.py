@@ -19,11 +19,11 @@ from autotune.callbacks._trainer.accumulation import is_out_of_memory, release_m
 from autotune.callbacks._trainer.bar import SearchBar
 from autotune.callbacks._trainer.batches import Replay
 from autotune.callbacks._trainer.data import DataState, second_loader
-from autotune.callbacks._trainer.facts import surroundings, validation_loader
+from autotune.callbacks._trainer.facts import surroundings, validation_loader, warn
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.side_loop import SideLoop, side_loop
 from autotune.callbacks._trial import PlannedLeg, run_trial
-from autotune.pystate import Attributes
+from autotune.pystate import Attributes, longest_container
 from autotune.search import Outcome, Recommendation
 from autotune.snapshot import Part, Snapshot
 from autotune.stage.probe import Probe
@@ -31,6 +31,9 @@ from autotune.stage.settings import LRSettings
 
 #: Steps made to learn how long one takes; the median leaves the first, slow ones out.
 _TIMING_STEPS = 5
+#: Seconds that remembering the training state may take without a word where a container is long: it is done for every
+#: probe.
+_SLOW, _LONG = 0.1, 10_000
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Trials:
         self._module = module
         self._snapshot = self._new_snapshot()
         self.probe_set: ProbeSet | None = None
+        self._told = False
 
     def _new_snapshot(self) -> Snapshot:
         trainer = self._trainer
@@ -139,9 +143,24 @@ class Trials:
         with self._sealed() as loop:
             return self.probe_set(loop)
 
+    def _capture(self) -> None:
+        began = time.monotonic()
+        self._snapshot.capture()
+        seconds = time.monotonic() - began
+        if seconds < _SLOW or self._told:
+            return
+        self._told = True
+        name, length = longest_container(self._module.modules())
+        if length > _LONG:
+            warn(
+                f"remembering what a trial may change takes {seconds:.1f} s each time, for every search and probe, and "
+                f"{name} is a container of {length} entries: keep what no step changes on an object of a class of "
+                "your own, which is kept by reference, and save what a step does change in on_trial_snapshot"
+            )
+
     @contextmanager
     def _sealed(self) -> Iterator[SideLoop]:
-        self._snapshot.capture()
+        self._capture()
         try:
             with side_loop(self._trainer, self._training_state) as loop:
                 yield loop

@@ -1,6 +1,7 @@
 """Plain Python state comes back in place, whatever was done to it."""
 
 import copy
+import gc
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.pystate import Attributes, save
+from autotune.pystate import Attributes, longest_container, save
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
 values = st.recursive(
@@ -176,3 +177,48 @@ class TestAttributes:
         attributes = Attributes([3, "x", object()])
         attributes.capture()
         attributes.restore()
+
+
+@pytest.mark.parametrize("kind", [list, deque])
+def test_what_did_not_change_is_not_filled_anew(kind):
+    class Counting(kind):
+        cleared = 0
+
+        def clear(self):
+            type(self).cleared += 1
+            super().clear()
+
+    inner = [1]
+    held = Counting([3, "a", inner])
+    put_back = save(held)
+    inner.append(2)
+    assert put_back() is held
+    assert (list(held), Counting.cleared) == ([3, "a", [1]], 0)
+    assert held[2] is inner
+    held[1] = "b"
+    put_back()
+    assert (list(held), Counting.cleared) == ([3, "a", [1]], 1)
+
+
+def test_a_dictionary_gets_its_order_back():
+    held = {"a": 1, "b": [2]}
+    put_back = save(held)
+    held["a"] = held.pop("a")
+    put_back()
+    assert list(held) == ["a", "b"]
+
+
+def test_capturing_leaves_the_collector_as_it_was():
+    for enabled in (False, True):
+        (gc.enable if enabled else gc.disable)()
+        Attributes([Attributes([])]).capture()
+        assert gc.isenabled() == enabled
+
+
+def test_the_longest_container_is_found():
+    class Player:
+        def __init__(self):
+            self.moves, self.table, self.score = deque(range(5)), {1: 2}, 7
+
+    assert longest_container([object(), Player()]) == ("Player.moves", 5)
+    assert longest_container([]) == ("", 0)

@@ -94,8 +94,8 @@ class TrialStopper:
 
     def judge(
         self,
-        curve: Sequence[float],
-        best_curve: Sequence[float] | None,
+        curve: Sequence[float] | _Array,
+        best_curve: Sequence[float] | _Array | None,
         total_steps: int,
         initial_loss: float,
     ) -> Verdict:
@@ -144,7 +144,7 @@ class TrialStopper:
 
     def _forecast(self, own: _Array, best: _Array, window: int, progress: float) -> Verdict:
         mine, rival = (
-            _forecast(tuple(losses.tolist()), best.size - 1, self.lower_bound) for losses in (own, best[: own.size])
+            _forecast(losses.tobytes(), best.size - 1, self.lower_bound) for losses in (own, best[: own.size])
         )
         if not (mine.trusted and rival.trusted):
             return Verdict(False, "not far enough behind, and no forecast to trust")
@@ -158,8 +158,9 @@ class TrialStopper:
 
 
 @lru_cache(maxsize=32)
-def _forecast(losses: tuple[float, ...], step: int, lower_bound: float | None) -> Forecast:
+def _forecast(curve: bytes, step: int, lower_bound: float | None) -> Forecast:
     """Of the curve itself; kept, because every step between two checkpoints asks the same."""
+    losses = np.frombuffer(curve).tolist()
     return fit_curve(range(len(losses)), losses, lower_bound=lower_bound).predict(step, noisy=False)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from autotune.callbacks import AdaptiveBatchSize, AutoLRS
+from autotune.callbacks import AdaptiveBatchSize, AutoLRS, _trials
 from autotune.decision import read_decisions
 from autotune.errors import StateError
 from tests.callbacks.harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
@@ -160,6 +160,16 @@ class TestModules:
         _, _, witness = fit(tmp_path, module)
         assert witness.forwards > 60
         assert module.counter.count == 60
+
+    @pytest.mark.parametrize("length", [_trials._LONG, _trials._LONG + 1])
+    def test_long_containers_are_named_where_they_take_time(self, tmp_path, monkeypatch, recwarn, length):
+        monkeypatch.setattr(_trials, "_SLOW", 0.0)
+        module = Tiny()
+        module.replay = [0.0] * length
+        fit(tmp_path, module)
+        told = [str(one.message) for one in recwarn if "Tiny.replay" in str(one.message)]
+        assert len(told) == (length > _trials._LONG)
+        assert module.replay == [0.0] * length
 
 
 class Stream(IterableDataset):
