@@ -34,10 +34,10 @@ from autotune.errors import UnsupportedSetupError
 from autotune.noise import attention, layers
 from autotune.noise.calls import Call, Coverage
 from autotune.noise.graph import Reached, reached
-from autotune.noise.microbatch import Extras, coordinate_ratio, kish_effective, upper_quantile
+from autotune.noise.microbatch import Extras, coordinate_ratio, upper_quantile
 from autotune.noise.parameters import Metric, ParameterSet, weighted
 from autotune.noise.ranks import Ranks
-from autotune.noise.statistics import ChunkSums, GradientRecord
+from autotune.noise.statistics import ChunkSums, GradientRecord, kish_effective
 
 #: Instantiated gradients of a shared parameter larger than this (numbers) are left out instead.
 INSTANCE_LIMIT = 1 << 26
