@@ -141,6 +141,7 @@ class Endless(Regression):
         return torch.sin(2.0 * x[:, :1]) + x[:, 1:2] * x[:, 2:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_overfits_nothing_goes_its_way_however_often_it_is_validated(tmp_path, seed):
     every = {"check_val_every_n_epoch": None, "limit_val_batches": 20}
@@ -260,6 +261,7 @@ def timeless(callback):
     return [{key: value for key, value in d.to_dict().items() if key != "numbers"} for d in callback.decisions]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_from_any_validation(tmp_path):
     """Saved at its end, before anything was made of it, and just before it, which Lightning passes over on resuming."""
     common = {"save_top_k": -1, "filename": "{step}"}

@@ -261,6 +261,7 @@ def test_the_exported_schedule_follows_the_examples(tmp_path, settings):
     assert rows[-1]["batch_size"] > rows[0]["batch_size"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:autotune. per-example gradient noise covers")
 def test_the_exported_schedule_knows_what_workers_had_ready_at_an_undone_growth(tmp_path):
     controllers = [AutoLRS(search_budget=0.3), growing(max_batch_size=128, rule="norm", lr_scaling="linear")]
