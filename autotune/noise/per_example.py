@@ -18,6 +18,10 @@ one of fewer parameters: layers of other kinds, parameters used without a layer,
 :mod:`autotune.noise.attention`), inputs whose first axis is not the batch, a parameter that is used once by a
 layer and once by hand (seen in the graph of the loss). Batch normalisation in training mode is refused: with it
 an example's gradient depends on its neighbours, and the quantity does not exist.
+
+Not seen, and so wrong: a hook of the user's on a layer's output *tensor* that changes its gradient, a parameter that is
+used by hand inside a reentrant checkpoint by a layer that is used outside too, and sequences first where they are as
+long as the batch.
 """
 
 from __future__ import annotations
