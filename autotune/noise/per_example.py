@@ -143,7 +143,7 @@ class PerExampleMeter:
             # Under functional_call the layer holds other tensors, which are nothing of ours.
             if not output.requires_grad or not self._own(layer):
                 return
-            given = (*inputs, *(kwargs[key] for key in ("query", "input") if key in kwargs))[0]
+            given = inputs[0] if inputs else kwargs["query"] if attends else next(iter(kwargs.values()))
             call = Call(name, layer, attention.read(layer, inputs, kwargs) if attends else given.detach())
             call.learned = isinstance(given, nn.Parameter)
             self._pending[id(call)] = call

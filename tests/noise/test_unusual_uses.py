@@ -71,8 +71,11 @@ def masked_gradient():
     return model
 
 
-def named_argument():
-    return Made(lambda m, x: m.head(input=torch.tanh(m.body(input=x))), body=nn.Linear(6, 6), head=nn.Linear(6, 3))
+def named_arguments():
+    def forward(m, x):
+        return m.head(input=m.norm(x=torch.tanh(m.body(input=x))))  # each layer has its own name for it
+
+    return Made(forward, body=nn.Linear(6, 6), norm=nn.RMSNorm(6), head=nn.Linear(6, 3))
 
 
 def written_over():
@@ -145,7 +148,7 @@ CASES = {
     "group norm without positions": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(4, 8), nn.Linear(8, 3)), FLAT,
                                      entropy, {}),
     "a hook on the output": (scaled_output, FLAT, entropy, {}),
-    "a named argument": (named_argument, FLAT, entropy, {}),
+    "named arguments": (named_arguments, FLAT, entropy, {}),
     "used twice": (twice, FLAT, entropy, {}),
     "not used": (unused, FLAT, entropy, {}),
     "another forward": (replaced_forward, FLAT, entropy, {"0": "no use"}),
