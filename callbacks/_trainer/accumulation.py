@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -24,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from autotune.callbacks._trainer.batches import examples_in
 
 _WINDOWS: weakref.WeakKeyDictionary[Any, Windows] = weakref.WeakKeyDictionary()
 
@@ -205,9 +206,9 @@ def release_memory() -> None:
 
 
 def _examples(batch: Any) -> int:
+    """Examples that can be cut apart: one where they lie inside an object."""
     leaves, _ = tree_flatten(batch)
-    sizes = Counter(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim)
-    return int(sizes.most_common(1)[0][0]) if sizes else 1
+    return examples_in(batch) if any(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves) else 1
 
 
 def split_batch(batch: Any, pieces: int) -> list[Any]:

@@ -39,9 +39,15 @@ def bytes_in(batch: Any) -> int:
 
 
 def examples_in(batch: Any) -> int:
-    """Examples in a batch: the leading dimension of most of its tensors, or of the first (1 where it holds none)."""
-    sizes = Counter(tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim)
-    return int(sizes.most_common(1)[0][0]) if sizes else 1
+    """Examples in a batch: the leading dimension that most of its own tensors have, else its first nested one's.
+
+    Nested ones may belong to a single example (an image's boxes). 1 where it holds no tensor.
+    """
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    own = Counter(entry.shape[0] for entry in entries if isinstance(entry, torch.Tensor) and entry.ndim)
+    if own:
+        return int(own.most_common(1)[0][0])
+    return int(next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim), 1))
 
 
 class Replay:

@@ -315,18 +315,26 @@ def test_gradients_that_are_edited_are_not_the_sum_of_their_parts(tmp_path):
     assert monitor.found == []
 
 
-def test_the_batch_is_as_long_as_most_of_its_tensors(tmp_path):
-    class Masked(Net):
+BATCHES = {
+    "a mask first": lambda x, y: {"mask": torch.ones(3, 3), "x": x, "y": y},
+    "boxes of each example": lambda x, y: {"x": x, "boxes": [{"box": torch.ones(1, 4)} for _ in x], "y": [*y]},
+    "nested": lambda x, y: {"both": [x, y]},
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_the_batch_is_as_long_as_most_of_its_own_tensors(tmp_path, case):
+    class Packed(Net):
         def training_step(self, batch, batch_idx):
-            return super().training_step((batch["x"], batch["y"]), batch_idx)
+            x, y = batch["both"] if "both" in batch else (batch["x"], batch["y"])
+            return super().training_step((x, torch.as_tensor(y)), batch_idx)
 
     def collate(items):
-        x, y = (torch.stack(column) for column in zip(*items, strict=True))
-        return {"mask": torch.ones(3, 3), "x": x, "y": y}
+        return BATCHES[case](*(torch.stack(column) for column in zip(*items, strict=True)))
 
     monitor = Records(every_n_steps=1)
     trainer = L.Trainer(callbacks=[monitor], **{**QUIET, "max_epochs": 1, "default_root_dir": tmp_path})
-    trainer.fit(Masked(), DataLoader(data(), 12, collate_fn=collate))
+    trainer.fit(Packed(), DataLoader(data(), 12, collate_fn=collate))
     assert {float(record.sums.examples) for record in monitor.found} == {12.0}
 
 
