@@ -26,7 +26,6 @@ long as the batch.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,15 +35,11 @@ from torch import Tensor, nn
 
 from autotune.errors import UnsupportedSetupError
 from autotune.noise import attention, layers
-from autotune.noise.calls import Call, Coverage
-from autotune.noise.graph import Reached, reached
+from autotune.noise.coverage import Call, Coverage, UseCounts
 from autotune.noise.microbatch import Extras, coordinate_ratio, upper_quantile
 from autotune.noise.parameters import Metric, ParameterSet, weighted
 from autotune.noise.ranks import Ranks
 from autotune.noise.statistics import ChunkSums, GradientRecord, kish_effective
-
-#: Instantiated gradients of a shared parameter larger than this (numbers) are left out instead.
-INSTANCE_LIMIT = 1 << 26
 
 
 class PerExampleMeter:
@@ -68,16 +63,12 @@ class PerExampleMeter:
         self.wanted = parameters
         self.extras = extras or Extras()
         self.metric: Metric | None = None
-        self._index = {id(parameter): i for i, parameter in enumerate(parameters.parameters)}
         self._handles: list[Any] = []
         self._pending: dict[int, Call] = {}
-        self._uses: Counter[int] = Counter()
         self._armed = False
+        self._uses = UseCounts(parameters)
         self._batch = 0
         self._scale: float | Tensor = 1.0
-        self._excluded: dict[str, str] = {}
-        self._fired: Counter[int] = Counter()
-        self._reached: Reached | None = None
         self._covered: set[int] | None = None
         self._sums: ChunkSums | None = None
         self._coverage = Coverage(1.0, {})
@@ -93,7 +84,8 @@ class PerExampleMeter:
     def begin(self) -> None:
         """Forgets what was collected; a new update follows."""
         self.detach()
-        self._sums, self._excluded, self._covered = None, {}, None
+        self._sums, self._covered = None, None
+        self._uses.begin_update()
 
     def refuse_coupled(self) -> None:
         """Says no to batch normalisation in training mode.
@@ -122,8 +114,7 @@ class PerExampleMeter:
         self.detach()
         self.refuse_coupled()
         for name, module in self.model.named_modules():
-            mine = layers.own_parameters(module).values() if layers.is_supported(module) else ()
-            if any(id(parameter) in self._index for parameter in mine):
+            if layers.is_supported(module) and self._uses.of(module):
                 # Before other hooks, which may change the output.
                 hook = module.register_forward_hook(self._forward_hook(name), with_kwargs=True, prepend=True)
                 self._handles.append(hook)
@@ -141,7 +132,7 @@ class PerExampleMeter:
             attends = isinstance(layer, nn.MultiheadAttention)
             output, weights = output if attends else (output, None)
             # Under functional_call the layer holds other tensors, which are nothing of ours.
-            if not output.requires_grad or not self._own(layer):
+            if not output.requires_grad or not self._uses.of(layer):
                 return
             given = inputs[0] if inputs else kwargs["query"] if attends else next(iter(kwargs.values()))
             call = Call(name, layer, attention.read(layer, inputs, kwargs) if attends else given.detach())
@@ -149,7 +140,8 @@ class PerExampleMeter:
             self._pending[id(call)] = call
             output.register_hook(lambda gradient: self._backward(call, gradient))
             if weights is not None and weights.requires_grad:
-                weights.register_hook(lambda gradient: self._leave_out(call, "the loss uses its attention weights"))
+                used = "the loss uses its attention weights"
+                weights.register_hook(lambda gradient: self._uses.leave_out(call, used))
 
         return forward_hook
 
@@ -159,61 +151,34 @@ class PerExampleMeter:
         if not self._armed:
             return
         call.gradient = gradient.detach()
-        self._fired.update(id(parameter) for parameter in self._own(call.layer).values())
-        uses = [self._uses[id(parameter)] for parameter in layers.own_parameters(call.layer).values()]
+        self._uses.fired(call)
         simple = self.metric is None and not (self.extras.inner or self.extras.coordinate)
         try:
-            if simple and max(uses, default=0) == 1:
+            if simple and self._uses.most_uses(call.layer) == 1:
                 self._take(call, layers.squares, self._norms)
             else:
                 self._take(call, layers.instances, self._grads)
         except torch.OutOfMemoryError:
             raise  # the loop's business
         except Exception as error:  # a layer's unusual input must not break off the user's backward pass
-            self._leave_out(call, f"{type(error).__name__}: {error}")
+            self._uses.leave_out(call, f"{type(error).__name__}: {error}")
 
     def _take(self, call: Call, reader: layers.Reader, store: dict[int, Tensor]) -> None:
         layer, a = call.layer, call.inputs
         assert call.gradient is not None
         e = layers.first_axis_examples(layer, call.gradient)
-        own = self._own(layer)
-        reason = self._reason(call, e, own, reader)
+        own = self._uses.of(layer)
+        reason = self._uses.why_not(call, e, instantiated=reader is layers.instances)
         if reason is not None:
-            self._leave_out(call, reason)
+            self._uses.leave_out(call, reason)
             return
         for key, value in reader(layer, a, e).items():
             if key in own:
                 before = store.get(id(own[key]))
                 if before is not None and reader is layers.squares:
-                    self._leave_out(call, "a checkpoint used it once more in the backward pass")
+                    self._uses.leave_out(call, "a checkpoint used it once more in the backward pass")
                     return
                 store[id(own[key])] = value if before is None else before + value
-
-    def _own(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        return {key: p for key, p in layers.own_parameters(layer).items() if id(p) in self._index}
-
-    def _leave_out(self, call: Call, reason: str) -> None:
-        for key, parameter in self._own(call.layer).items():
-            self._excluded[f"{call.name}.{key}"] = reason
-            self._uses[id(parameter)] = -(10**6)
-
-    def _reason(self, call: Call, e: Tensor, own: dict[str, nn.Parameter], reader: layers.Reader) -> str | None:
-        a: Any = call.inputs
-        if call.learned:
-            return "its input is a parameter and holds no examples"
-        if e.is_complex():
-            return "it computes with complex numbers"
-        if not layers.has_examples(call.layer, e):
-            return "its input has no axis for examples"
-        if a.ndim == 0 or a.shape[0] != self._batch or e.shape[0] != self._batch:
-            return f"its input's first axis is {a.shape[0] if a.ndim else 0} long, the batch {self._batch}"
-        positions = isinstance(call.layer, nn.Embedding) and a.ndim == 1
-        if positions and torch.equal(a, torch.arange(len(a), dtype=a.dtype, device=a.device)):
-            return "its input counts positions, not examples"
-        numbers = self._batch * max((p.numel() for p in own.values()), default=0)
-        if reader is layers.instances and numbers > INSTANCE_LIMIT:
-            return f"its {self._batch} gradients would need {numbers} numbers at once, above {INSTANCE_LIMIT}"
-        return None
 
     def arm(self, batch: int, loss: Tensor | None = None, metric: Metric | None = None) -> None:
         """The backward pass that comes is the one to measure.
@@ -224,16 +189,14 @@ class PerExampleMeter:
             metric: Preconditioner, as in :mod:`autotune.noise.parameters`.
         """
         self._batch, self.metric, self._armed = batch, metric, True
-        self._norms, self._grads, self._uses, self._fired = {}, {}, Counter(), Counter()
-        for call in self._pending.values():
-            self._uses.update(id(parameter) for parameter in layers.own_parameters(call.layer).values())
-        self._reached = None if loss is None else reached(loss)
+        self._norms, self._grads = {}, {}
+        self._uses.begin_pass(self._pending.values(), batch, loss)
 
     def end_chunk(self, scale: float | Tensor) -> None:
         """The backward pass is over; ``g_i = scale * h_i``."""
         self._scale = scale
         self.detach()
-        covered = {id(parameter) for parameter in self.wanted.parameters if self._is_covered(parameter)}
+        covered = self._uses.covered(self._norms.keys() ^ self._grads.keys())
         # A parameter must be covered in every micro-batch, or it belongs to none.
         if self._covered is not None and covered != self._covered:
             self._sums = None if self._sums is None else self._sums + self._sums.spoiled()
@@ -247,7 +210,7 @@ class PerExampleMeter:
             per_example[:, group] += norms
         sums = ChunkSums.of([1] * self._batch, per_example * scale**2)
         self._sums = sums if self._sums is None else self._sums + sums
-        self._coverage = self._find_coverage()
+        self._coverage = self._uses.coverage(covered)
         if not (self.extras.inner or self.extras.coordinate):
             self._norms, self._grads = {}, {}
 
@@ -258,39 +221,6 @@ class PerExampleMeter:
     def coverage(self) -> Coverage:
         """What the last record covers; everything, before there is one."""
         return self._coverage
-
-    def _find_coverage(self) -> Coverage:
-        excluded = dict(self._excluded)
-        covered = total = 0
-        for name, parameter in zip(self.wanted.names, self.wanted.parameters, strict=True):
-            is_covered = self._is_covered(parameter)
-            # What the loss does not reach has no gradient, and no noise.
-            total += parameter.numel() if is_covered or parameter.grad is not None else 0
-            if is_covered:
-                covered += parameter.numel()
-                excluded.pop(name, None)
-            elif self._reached is not None and self._reached.coupled:
-                excluded[name] = "batch normalisation makes an example's gradient depend on its neighbours"
-            elif self._is_used_by_hand(parameter):
-                excluded[name] = "it is also used without its layer"
-            elif parameter._backward_hooks:
-                excluded[name] = "a hook on it may change its gradient"
-            elif name not in excluded and parameter.grad is not None:
-                excluded[name] = "no use of it by a supported layer was seen in this pass"
-        return Coverage(covered / total if total else 0.0, excluded)
-
-    def _is_covered(self, parameter: nn.Parameter) -> bool:
-        key = id(parameter)
-        known = (key in self._norms) != (key in self._grads)
-        own = self._uses[key] > 0 and not parameter._backward_hooks and not self._is_used_by_hand(parameter)
-        return known and own and not (self._reached is not None and self._reached.coupled)
-
-    def _is_used_by_hand(self, parameter: nn.Parameter) -> bool:
-        """Whether the graph uses it more or less often than gradients of its layers' outputs have come."""
-        fired = self._fired[id(parameter)]
-        # Of a reentrant checkpoint the graph knows nothing.
-        uses = 0 if self._reached is None else self._reached.uses[id(parameter)]
-        return uses > 0 and 0 < fired != uses
 
     def close(
         self,
