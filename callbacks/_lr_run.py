@@ -34,7 +34,7 @@ from autotune.stage.outlook import Outlook, look_ahead
 from autotune.stage.probe import Probe
 from autotune.stage.settings import LRSettings
 
-_NO_OUTLOOK = Outlook(math.nan, math.nan, math.nan, "not yet")
+_NOT_ASKED = Outlook(math.nan, math.nan, math.nan, "forecasts are off")
 
 
 class LRRun:
@@ -72,7 +72,6 @@ class LRRun:
         self.best = BestWeights(module, optimizer)
         self._ranks = Agreement(trainer)
         self.watch = LossWatch()
-        self._outlook = _NO_OUTLOOK
         self._prepared = False
         self.plan = LRPlan(settings, trainer)
         self._searches = LRSearches(settings, self)
@@ -206,7 +205,6 @@ class LRRun:
         if math.isnan(self.state.first_train):
             self.state = replace(self.state, first_train=self.watch.first)
         self.watch.begin_stage()
-        self._outlook = _NO_OUTLOOK
         numbers = words.begun(self.state, self.step, self._end_step(), probe)
         self.record("stage", "begin", f"stage {self.state.index} begins", numbers=numbers, cost=cost)
 
@@ -223,14 +221,15 @@ class LRRun:
             self.record("forecast", "refuse", "the search budget has no room for the probes", numbers=numbers)
             return
         now = self.checks.make()
-        outlook = look_ahead(self.watch.trace, self.state.start_probe, now, self.step, self._end_step())
-        self._outlook = self._ranks.of_zero(outlook)
-        trusted = self._outlook.trusted
-        self.state = self.plan.machine.predicted(self.state, self._outlook.interval if trusted else None)
-        if trusted:
-            self.watch.expect(self._outlook.watch)
-        reason, more = words.expected(self._outlook, now)
-        action = "predict" if trusted else "refuse"
+        outlook = _NOT_ASKED
+        if self.settings.forecasts:
+            outlook = look_ahead(self.watch.trace, self.state.start_probe, now, self.step, self._end_step())
+            outlook = self._ranks.of_zero(outlook)
+        self.state = self.plan.machine.predicted(self.state, outlook.interval if outlook.trusted else None)
+        if outlook.trusted:
+            self.watch.expect(outlook.watch)
+        reason, more = words.expected(outlook, now)
+        action = "predict" if outlook.trusted else "refuse"
         self.record("forecast", action, reason, numbers=numbers | more, cost=self.checks.cost)
         if self.plan.machine.lost(self.state):
             self.verdicts.settle(progress, now, paid=True)

@@ -26,7 +26,7 @@ from autotune.callbacks._trainer.resume import DataPosition
 from autotune.decision import Decision
 from autotune.stage.settings import LRSettings, Mode, Objective, Proposals, SearchWhen
 
-_STATE_VERSION = 7
+_STATE_VERSION = 8
 
 
 class AutoLRS(Callback):
@@ -59,6 +59,8 @@ class AutoLRS(Callback):
         proposals: ``"bayesian"``; or ``"grid"`` for about as many trials on a fixed log grid, for comparison.
         stop_early: Whether hopeless trials are stopped before their end.
         climb: Whether a held rate begins below what the search says, and rises while the training loss improves.
+        forecasts: Whether the loss at a stage's end is predicted: a prediction that is missed asks for a search, and a
+            training loss that leaves its interval ends the stage.
 
     Raises:
         ConfigurationError: At construction, for an argument that cannot be served.
@@ -80,10 +82,22 @@ class AutoLRS(Callback):
         proposals: Proposals = "bayesian",
         stop_early: bool = True,
         climb: bool = True,
+        forecasts: bool = True,
     ) -> None:
         super().__init__()
         self.settings = LRSettings(
-            min_lr, max_lr, search_budget, objective, search, monitor, mode, seed, proposals, stop_early, climb
+            min_lr=min_lr,
+            max_lr=max_lr,
+            search_budget=search_budget,
+            objective=objective,
+            search=search,
+            monitor=monitor,
+            mode=mode,
+            seed=seed,
+            proposals=proposals,
+            stop_early=stop_early,
+            climb=climb,
+            forecasts=forecasts,
         )
         self._run: LRRun | None = None
         self._ended: dict[str, Any] = {}

@@ -36,6 +36,7 @@ class LRSettings:
     proposals: Proposals = "bayesian"
     stop_early: bool = True
     climb: bool = True
+    forecasts: bool = True
 
     def __post_init__(self) -> None:
         for name in ("min_lr", "max_lr"):
@@ -65,7 +66,7 @@ class LRSettings:
             )
         if not is_count(self.seed, least=0) or self.seed >= 2**32:
             raise ConfigurationError(f"AutoLRS(seed={self.seed!r}): an integer from 0 to 2**32 - 1, e.g. seed=0")
-        for name in ("stop_early", "climb"):
+        for name in ("stop_early", "climb", "forecasts"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"AutoLRS({name}={getattr(self, name)!r}): True or False")
 

@@ -242,6 +242,7 @@ POLICIES: dict[str, Method] = {
     "autolrs_constant_lr": autolrs(objective="forecast"),
     "autolrs_no_climb": autolrs(climb=False),
     "autolrs_no_early_stop": autolrs(stop_early=False),
+    "autolrs_no_forecasts": autolrs(forecasts=False),
     "autolrs_every_stage": autolrs(search="every_stage"),
     "autolrs_from_1e-6": autolrs(lr=1e-6),
     "autolrs_from_10": autolrs(lr=10.0),

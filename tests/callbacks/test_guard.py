@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autotune.callbacks import AutoLRS, ReplaySchedule
-from tests.callbacks.harness import trainer
+from tests.callbacks.harness import Tiny, loader, trainer, val_loader
 
 EXAMPLES, HELD_OUT, UPDATES = 64, 16, 600
 
@@ -112,6 +112,19 @@ def test_with_the_rate_coming_down_one_bad_check_is_enough(tmp_path):
         assert move.numbers["lr"] == pytest.approx(move.numbers["previous_lr"] * 10**-0.5)
         (evidence,) = [d.numbers["evidence"] for d in callback.decisions if d.step == move.step and d.action == "end"]
         assert evidence[0].startswith("worse: ")
+
+
+def test_without_forecasts_the_checks_are_made_all_the_same(tmp_path):
+    said, made = {}, {}
+    for forecasts in (True, False):
+        L.seed_everything(5, verbose=False)
+        callback = AutoLRS(forecasts=forecasts)
+        trainer(tmp_path / str(forecasts), callback, max_steps=UPDATES).fit(Tiny(), loader(batch=8), val_loader())
+        said[forecasts] = [d.action for d in callback.decisions if d.kind == "forecast"]
+        made[forecasts] = checks(callback)
+    assert "predict" in said[True]
+    assert set(said[False]) == {"refuse"}
+    assert made[False] == made[True]
 
 
 class Hooked(Callback):

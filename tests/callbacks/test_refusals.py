@@ -245,6 +245,7 @@ class TestMonitor:
         ({"seed": 1.5}, "seed=1.5"),
         ({"stop_early": 1}, "stop_early=1"),
         ({"climb": "yes"}, "climb='yes'"),
+        ({"forecasts": 0}, "forecasts=0"),
     ],
 )
 def test_arguments(arguments, match):

@@ -75,6 +75,7 @@ OTHER = {
         "proposals": "grid",
         "stop_early": False,
         "climb": False,
+        "forecasts": False,
     },
     "AdaptiveBatchSize": {
         "max_batch_size": 512,
