@@ -10,7 +10,8 @@ from torch import Tensor
 
 from autotune.arguments import is_count
 from autotune.callbacks._run_log import RunLog
-from autotune.callbacks._trainer.measure import LoopMeter, Source
+from autotune.callbacks._trainer.measure import LoopMeter
+from autotune.callbacks._trainer.sources import Source
 from autotune.errors import ConfigurationError
 from autotune.noise.smoothing import NoiseEstimate, NoiseSmoother, NoiseState
 from autotune.noise.statistics import GradientRecord

@@ -15,14 +15,15 @@ gradient arrives as ``u s g_m``; so the records come out in the units of the pla
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from autotune.callbacks._trainer.accumulation import current_piece
 from autotune.callbacks._trainer.batches import examples_in
 from autotune.callbacks._trainer.facts import warn, window_end, window_start
-from autotune.errors import ConfigurationError, UnsupportedSetupError
+from autotune.callbacks._trainer.sources import SOURCES, Source, chosen, refuse_missing, refuse_shards
+from autotune.errors import ConfigurationError
 from autotune.noise import layers
 from autotune.noise.consecutive import ConsecutiveMeter
 from autotune.noise.microbatch import ChunkMeter, Extras
@@ -30,11 +31,6 @@ from autotune.noise.parameters import Metric, ParameterSet, adam_metric
 from autotune.noise.per_example import PerExampleMeter
 from autotune.noise.ranks import Ranks
 from autotune.noise.statistics import GradientRecord
-
-Source: TypeAlias = Literal["auto", "microbatch", "ranks", "per_example", "consecutive"]
-SOURCES = ("auto", "microbatch", "ranks", "per_example", "consecutive")
-#: Below this share of the parameters, per-example norms say too little about the whole.
-LEAST_SHARE = 0.5
 
 
 class LoopMeter:
@@ -88,20 +84,17 @@ class LoopMeter:
             UnsupportedSetupError: The source that was asked for does not exist here.
         """
         mine = _optimized(trainer)
-        if any(hasattr(p, "to_local") for p in mine):
-            raise UnsupportedSetupError(
-                "parameters are sharded (FSDP), and no source measures shards yet; use strategy='ddp', or leave "
-                "the callback out"
-            )
+        refuse_shards(mine)
         self._watch(module, ParameterSet.of(module, by_module=self._by_module, only=mine))
-        self._check_explicit(trainer, module)
+        refuse_missing(self.source, trainer, self._examples, self.extras)
 
     def _watch(self, module: nn.Module, parameters: ParameterSet) -> None:
         self.parameters = parameters
         self._chunks = ChunkMeter(self.parameters, self.extras)
         self._pairs = ConsecutiveMeter(self.parameters)
         self._examples = None
-        if any(layers.is_supported(child) for child in module.modules()):
+        # Where no layer is supported the meter says so, to those who have asked for it.
+        if self.source == "per_example" or any(layers.is_supported(child) for child in module.modules()):
             self._examples = PerExampleMeter(module, self.parameters, self.extras)
 
     def _follow(self, trainer: Any) -> None:
@@ -115,50 +108,9 @@ class LoopMeter:
             self._tell("followed", "other parameters train now than before: gradient noise is measured in those")
             self._watch(module, now)
 
-    def _check_explicit(self, trainer: Any, module: nn.Module) -> None:
-        chunks = trainer.accumulate_grad_batches * trainer.world_size
-        if self.source == "microbatch" and chunks < 2:
-            raise UnsupportedSetupError(
-                "source='microbatch' compares the micro-batches of an accumulation window, and there is one: set "
-                "Trainer(accumulate_grad_batches=2) or more, or leave source='auto'"
-            )
-        if self.source == "ranks" and trainer.world_size < 2:
-            raise UnsupportedSetupError(
-                "source='ranks' compares the gradients of several processes, and there is one: train with "
-                "Trainer(devices=2, strategy='ddp') or more, or leave source='auto'"
-            )
-        if self.source == "per_example":
-            if self._examples is None:
-                PerExampleMeter(module, self.parameters or ParameterSet.of(module))
-            else:
-                self._examples.refuse_coupled()
-            if (self.extras.inner or self.extras.coordinate) and trainer.accumulate_grad_batches > 1:
-                raise UnsupportedSetupError(
-                    "the inner-product, augmented and coordinate rules read per-example gradients of a whole update "
-                    "in one micro-batch; with accumulate_grad_batches above 1 take source='microbatch'"
-                )
-
     def pick(self, trainer: Any) -> str:
         """The source that serves now."""
-        if self.source != "auto":
-            return "microbatch" if self.source == "ranks" else self.source
-        if trainer.accumulate_grad_batches * trainer.world_size >= 2:
-            return "microbatch"
-        if self._examples is None or not self._separable():
-            return "consecutive"
-        return "per_example"
-
-    def _separable(self) -> bool:
-        assert self._examples is not None
-        assert self.parameters is not None
-        covered = 0
-        if self._examples.coupled() is not None:
-            return False
-        for module in self._examples.model.modules():
-            if layers.is_supported(module):
-                covered += sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
-        total = sum(p.numel() for p in self.parameters.parameters)
-        return covered >= LEAST_SHARE * total and self._examples.coverage().share >= LEAST_SHARE
+        return chosen(self.source, trainer, self._examples)
 
     def batch_start(self, trainer: Any, batch_idx: int, due: Callable[[], bool]) -> None:
         """A batch begins; at the first of a window ``due`` decides whether it is measured."""
