@@ -33,6 +33,12 @@ class Checks:
         """Whether the budget pays for so many now."""
         return self._run.left >= count * self.cost
 
+    @property
+    def spare(self) -> int:
+        """How many the budget pays for, of the whole run, beyond those that its stages make."""
+        left = self._run.plan.searchable - self._run.costs.spent
+        return int(left / self.cost) - self._policy.stage_checks if self.cost > 0.0 else 0
+
     def prepare(self) -> None:
         """Chooses the examples; a first search's trials are judged on them too."""
         run = self._run

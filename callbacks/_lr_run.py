@@ -110,7 +110,7 @@ class LRRun:
         self.validations.catch_up()
         progress = self.plan.progress
         new = self.watch.trouble or self.watch.broken or self.validations.pending
-        if new or self.plan.machine.due(self.state, progress):
+        if new or self.validations.look_due(progress) or self.plan.machine.due(self.state, progress):
             with self.saved.as_one():
                 self._do_what_is_due(progress)
         self.climb.move(progress)
@@ -118,6 +118,8 @@ class LRRun:
         self.driver.apply(self.state.lr, self.plan.shape(progress))
 
     def _do_what_is_due(self, progress: float) -> None:
+        if self.validations.look_due(progress) and not self.watch.trouble:
+            self.validations.look(progress)
         worse = self.validations.judge() if self.validations.pending else ""
         if worse or self.watch.trouble:
             self.verdicts.recover(progress, worse or self.watch.trouble)
@@ -181,6 +183,7 @@ class LRRun:
         outcome = self.search(progress, self.state.request or "the first update is due")
         if self.state.index == 0:
             self.begin_stage(progress, *self.checks.begin(outcome.start))
+            self.validations.plan_looks()
 
     def search(self, progress: float, why: str) -> SearchOutcome:
         """A search is made, paid and recorded; the rate is what it says."""

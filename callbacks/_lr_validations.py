@@ -1,4 +1,4 @@
-"""The trainer's own validations in one fit: read for nothing, and followed where they come often."""
+"""Validations in one fit: the trainer's own, which cost nothing, where they come often; else looks that are paid."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from autotune.callbacks import _lr_words as words
 from autotune.callbacks._trainer.facts import validates_averages
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.resume import validation_due
+from autotune.stage.probe import Probe
 from autotune.stage.validations import Validations, ValidationState
 
 if TYPE_CHECKING:
     from autotune.callbacks._lr_run import LRRun
 
+_KEPT_PROBES = 2  # of a stage's end and the run's, which a look must leave paid
+
 
 class OwnValidations:
-    """Keeps what the trainer's validations say of a fit (:mod:`autotune.stage.validations`).
+    """Keeps what validations say of a fit (:mod:`autotune.stage.validations`).
 
     Args:
         run: The fit.
@@ -41,8 +45,45 @@ class OwnValidations:
 
     @property
     def current(self) -> bool:
-        """Whether the run is judged by them now, and not by probes."""
+        """Whether the run is judged by them now, and not by its stages' probes."""
         return self._rule.current(self._state, self._run.plan.progress)
+
+    @property
+    def looking(self) -> bool:
+        """Whether looks have taken their place."""
+        return self._state.looking
+
+    def plan_looks(self) -> None:
+        """The first search is over: what it has left over may pay for looks."""
+        run, best = self._run, self._run.state.best_probe
+        all_seen = best is not None and best.share >= run.plan.machine.nearly_all
+        if self._read and all_seen and run.plan.shape.decay and run.plan.machine.search == "on_evidence":
+            self._state = self._rule.planned(self._state, run.checks.spare)
+
+    def look_due(self, progress: float) -> bool:
+        """Whether a look is to be made before the next update."""
+        return self._rule.is_due(self._state, progress)
+
+    def look(self, progress: float) -> None:
+        """Probes the present weights in the place of a validation, if that can be paid."""
+        run, best = self._run, self._run.state.best_probe
+        self._state = self._rule.looked(self._state, progress)
+        if best is None or not run.checks.affordable(1 + _KEPT_PROBES):
+            return
+        if not self.looking:
+            self._state = self._rule.begun(self._state, best.loss, run.state.best_step)
+        probe = run.trials.probe()
+        run.costs.pay(run.checks.cost)
+        reason, numbers = words.looked(run.state, probe)
+        run.record("stage", "look", reason, numbers=numbers, cost=run.checks.cost)
+        self._pending = (run.step, probe.loss)
+
+    def ends(self, probe: Probe) -> str:
+        """The run has ended with this probe: as :meth:`judge`, where looks are made."""
+        if not self.looking:
+            return ""
+        self._pending = (self._run.step, probe.loss)
+        return self.judge(last=True)
 
     def began(self, metrics: Mapping[str, Any]) -> None:
         """The trainer begins to validate.
@@ -58,7 +99,7 @@ class OwnValidations:
         Args:
             metrics: What it has for its callbacks now; nothing is made of it where the monitored name is not new.
         """
-        if not self._read or self._missed:
+        if not self._read or self._missed or self.looking:
             return
         self._ended_at = self._run.step
         value = self._run.trials.monitored(metrics)
@@ -98,7 +139,8 @@ class OwnValidations:
         if not self._rule.lost(self._state, level):
             return ""
         when = "at the end" if last else "with the rate coming down"
-        return f"validation says {loss:.4g} {when}, where it said {best:.4g} at step {best_step}"
+        who = "a look" if self.looking else "validation"
+        return f"{who} says {loss:.4g} {when}, where it said {best:.4g} at step {best_step}"
 
     def went_back(self) -> None:
         """The weights are the best ones again."""
@@ -114,7 +156,8 @@ class OwnValidations:
 
     def state_dict(self) -> dict[str, Any]:
         """As primitives."""
-        due = self._read and self._ended_at != self._run.step and validation_due(self._run.trainer)
+        read = self._read and not self.looking
+        due = read and self._ended_at != self._run.step and validation_due(self._run.trainer)
         pending = None if self._pending is None else list(self._pending)
         return {"state": self._state.to_dict(), "pending": pending, "missed": self._missed or due}
 

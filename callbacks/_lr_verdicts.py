@@ -69,7 +69,9 @@ class Verdicts:
             run.watch.read()
             probe = run.checks.make(last=True)
             self._judged(run.state, probe, (), cost=run.checks.cost)
-            if not math.isfinite(probe.loss) or run.plan.machine.lost(run.state):
+            lost = lost or run.validations.ends(probe)
+            worse = run.plan.machine.lost(run.state) and run.best.step != run.step
+            if worse or not math.isfinite(probe.loss):
                 lost = lost or f"the run ended at {probe.loss:.4g}, worse than its best"
         if lost:
             before = run.state

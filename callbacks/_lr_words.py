@@ -114,6 +114,12 @@ def judged(state: StageState, step: int, probe: Probe, evidence: tuple[str, ...]
     return reason, numbers
 
 
+def looked(state: StageState, probe: Probe) -> tuple[str, dict[str, Any]]:
+    """A probe in the place of a validation."""
+    reason = f"a loss of {probe.loss:.4g} on {probe.share:.0%} of what validation is made on"
+    return reason, {"index": state.index, "loss": probe.loss}
+
+
 def rolled_back(state: StageState, before: StageState, step: int, to_step: int) -> dict[str, Any]:
     """The run goes back from ``step`` to the weights of ``to_step``."""
     return {"to_step": to_step, "lost_steps": step - to_step, **rate(state, before)}

@@ -47,7 +47,8 @@ class SearchPolicy:
         shortest_fine: The same for the fine leg.
         reserve: Share of the budget that is kept for probes of the run itself, at least.
         probe_share: What one probe of a trial may cost, as a share of the budget.
-        checks: Probes that a run makes after its first search: two a stage, the one that it begins with, one to spare.
+        checks: Probes that a first search leaves over: the one that the run begins with, its stages', one to spare.
+        stage_checks: Two a stage.
         ranking: A later search's trials last at least this share of the updates made so far.
     """
 
@@ -61,6 +62,7 @@ class SearchPolicy:
     reserve: float = 0.1
     probe_share: float = 0.01
     checks: int = 12
+    stage_checks: int = 10
     ranking: float = 1.0 / 3.0
 
     def probe_steps(self, budget: float) -> float:

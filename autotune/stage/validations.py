@@ -5,6 +5,9 @@ and at no cost to the search budget. While it does, its validations choose the w
 where the rate has come down they say, in the place of probes, whether the run got worse. What a rate that is still high
 makes of the loss heals when the rate falls, so before that they undo nothing.
 
+Where the trainer does not validate often, and a probe of the run's own is of nearly all that validation would be of,
+such probes take the place of validations towards the end: as many looks as what searching has left over pays for.
+
 =============  =================================================================  ===================
 symbol         meaning                                                            unit
 =============  =================================================================  ===================
@@ -38,6 +41,9 @@ class ValidationState:
         best_level: Share of its peak at which the rate was there.
         recent: The latest losses, oldest first; after going back, those of the best weights and since.
         resigned: Whether going back has not helped, and nothing better has come since.
+        look_due: Progress at which the next look is due; infinite where none is planned.
+        look_every: Progress from one look to the next.
+        looking: Whether looks have taken the place of validations.
     """
 
     first: float = math.inf
@@ -47,6 +53,9 @@ class ValidationState:
     best_level: float = 1.0
     recent: tuple[float, ...] = ()
     resigned: bool = False
+    look_due: float = math.inf
+    look_every: float = math.inf
+    looking: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The state as a dictionary of primitives."""
@@ -59,7 +68,8 @@ class ValidationState:
 
     def rescaled(self, scale: float) -> ValidationState:
         """On a clock on which the same work is ``scale`` times as much progress."""
-        return replace(self, first=self.first * scale, last=self.last * scale)
+        due, every = self.look_due * scale, self.look_every * scale
+        return replace(self, first=self.first * scale, last=self.last * scale, look_due=due, look_every=every)
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,8 @@ class Validations:
             learning at a rate that is still felt; stricter rules see what is real too late, and lose on the whole.
         least: Nor does a run go back for less than this share of the best loss, whatever the scatter.
         kept: Losses of which the scatter is.
+        fewest: Looks below this number are not begun with.
+        span: So much of the run, its end, they are spread over where there are few; many go back further.
     """
 
     often: float = 0.125
@@ -85,6 +97,40 @@ class Validations:
     errors: float = 2.0
     least: float = 0.0025
     kept: int = 6
+    fewest: int = 3
+    span: float = 0.3
+
+    def planned(self, state: ValidationState, count: int) -> ValidationState:
+        """So many looks can be paid: when they come, the last of them before the run's end.
+
+        >>> rule = Validations()
+        >>> for count in (2, 6, 20, 100):
+        ...     state = rule.planned(ValidationState(), count)
+        ...     print(round(state.look_due, 3), round(state.look_every, 3))
+        inf inf
+        0.7 0.05
+        0.5 0.025
+        0.125 0.025
+        """
+        if count < self.fewest:
+            return state
+        every = max(self.apart, self.span / count)
+        # By then it is known whether the trainer validates often.
+        return replace(state, look_due=max(self.often, 1.0 - count * every), look_every=every)
+
+    def is_due(self, state: ValidationState, progress: float) -> bool:
+        """Whether a look is to be made now: not while validations serve that cost nothing."""
+        return progress >= state.look_due - _ROUNDING and (state.looking or not self.current(state, progress))
+
+    def begun(self, state: ValidationState, loss: float, step: int) -> ValidationState:
+        """Looks take over, at the best probe so far; what validations have said before no longer counts."""
+        return replace(
+            state, looking=True, last=-math.inf, best=loss, best_step=step, best_level=1.0, recent=(), resigned=False
+        )
+
+    def looked(self, state: ValidationState, progress: float) -> ValidationState:
+        """The look that was due has been made, or could not be paid."""
+        return replace(state, look_due=progress + state.look_every)
 
     def counts(self, state: ValidationState, progress: float) -> bool:
         """Whether a validation that is made now is far enough from the one before."""
@@ -108,8 +154,8 @@ class Validations:
         return replace(state, best=loss, best_step=step, best_level=level, resigned=False)
 
     def serve(self, state: ValidationState) -> bool:
-        """Whether the first one came early enough."""
-        return state.first <= self.often + _ROUNDING
+        """Whether the first one came early enough, or looks are made."""
+        return state.looking or state.first <= self.often + _ROUNDING
 
     def current(self, state: ValidationState, progress: float) -> bool:
         """Whether the run is judged by its validations now."""

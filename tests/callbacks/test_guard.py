@@ -5,7 +5,7 @@ from itertools import pairwise
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,7 +60,7 @@ class Scheduled(Regression):
         ]
 
 
-def overfit(folder, controller, seed=1, module=Regression, *more, **limits):
+def overfit(folder, controller, seed=1, module=Regression, *more, ckpt_path=None, **limits):
     """So few examples are held out that a probe is of all of them; the trainer validates seldom or not at all."""
     L.seed_everything(seed, verbose=False)
     generator = torch.Generator().manual_seed(0)
@@ -69,8 +69,10 @@ def overfit(folder, controller, seed=1, module=Regression, *more, **limits):
     train, val = TensorDataset(x[:EXAMPLES], y[:EXAMPLES]), TensorDataset(x[EXAMPLES:], y[EXAMPLES:])
     module, past = module(), Past()
     limits = {"check_val_every_n_epoch": UPDATES, **(limits or {"max_steps": UPDATES})}
-    trainer(folder, controller, past, *more, logger=CSVLogger(folder, name="", version=""), **limits).fit(
-        module, DataLoader(train, 8, shuffle=True), DataLoader(val, 8)
+    saves = any(isinstance(one, ModelCheckpoint) for one in more)
+    logger = CSVLogger(folder, name="", version="")
+    trainer(folder, controller, past, *more, logger=logger, enable_checkpointing=saves, **limits).fit(
+        module, DataLoader(train, 8, shuffle=True), DataLoader(val, 8), ckpt_path=ckpt_path
     )
     return [parameter.detach().clone() for parameter in module.parameters()], past
 

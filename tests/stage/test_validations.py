@@ -134,6 +134,43 @@ class TestLost:
         assert wrong / 200 < 0.5
 
 
+class TestLooks:
+    def test_few_are_spread_over_the_end_and_many_come_as_close_as_validations_may(self):
+        for count in range(RULE.fewest, 200):
+            state = RULE.planned(ValidationState(), count)
+            assert state.look_every >= RULE.apart
+            assert state.look_due >= RULE.often
+            made = (1.0 - state.look_due) / state.look_every
+            assert made <= count + 1e-9
+            assert state.look_due <= 1.0 - RULE.span + 1e-9
+
+    @pytest.mark.parametrize("count", [-5, 0, RULE.fewest - 1])
+    def test_too_few_are_none(self, count):
+        assert not RULE.is_due(RULE.planned(ValidationState(), count), 1.0)
+
+    def test_they_wait_while_validations_serve_that_cost_nothing(self):
+        validated = RULE.planned(seen([1.0, 0.9], every=0.1), 100)
+        assert not RULE.is_due(validated, 0.3)
+        assert RULE.is_due(validated, 0.4), "the next one is overdue"
+        assert RULE.is_due(RULE.planned(seen([1.0], every=0.2), 100), 0.2), "they come seldom"
+
+    def test_they_begin_with_the_best_probe_and_forget_what_validations_said(self):
+        state = RULE.begun(replace(seen([0.1, 0.2, 0.3]), resigned=True), 0.5, 7)
+        assert (state.best, state.best_step, state.recent, state.resigned) == (0.5, 7, (), False)
+        assert RULE.serve(state)
+        assert RULE.counts(state, 0.06)
+
+    def test_once_begun_they_go_on(self):
+        state = RULE.looked(RULE.begun(RULE.planned(ValidationState(), 20), 0.5, 7), 0.5)
+        state = RULE.seen(state, 0.4, 50, 0.5)
+        assert not RULE.is_due(state, 0.5)
+        assert not RULE.is_due(state, 0.52)
+        assert RULE.is_due(state, 0.525)
+        longer = state.rescaled(0.5)
+        assert longer.look_due == pytest.approx(0.2625)
+        assert longer.looking
+
+
 @given(st.lists(st.floats(allow_nan=True), max_size=12))
 def test_the_state_survives_a_checkpoint(losses):
     state = seen(losses, every=0.2 if len(losses) % 2 else 0.02)
