@@ -11,6 +11,7 @@ from autotune.batch.controller import BatchState, Decay, Target
 from autotune.batch.plan import Split, plan
 from autotune.batch.scaling import Scaling, gain, rule_for, scale_group_betas, scales_betas
 from autotune.batch.settings import BatchSettings
+from autotune.callbacks import _batch_words as words
 from autotune.callbacks._growth import Rates, Watch
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.accumulation import Windows
@@ -155,10 +156,8 @@ class BatchRun:
 
     def finish(self, trainer: Any) -> None:
         """The run has ended, and no other controller says so."""
-        step, now = trainer.global_step, self._split.examples
         grown = sum(decision.action == "grow" for decision in self.decisions)
-        reason = f"the run ended after {step} updates, at {now} examples an update; the batch grew {grown} times"
-        self._decide(trainer, "finish", "end", reason, {"real_steps": step, "batch": now})
+        self._decide(trainer, "finish", "end", *words.finished(trainer.global_step, self._split, grown))
 
     def leave(self) -> None:
         """Takes the hooks off the optimizer."""
@@ -195,15 +194,8 @@ class BatchRun:
         )
         self._next = split
         self._effective = self._send(trainer, split)
-        numbers = {
-            "batch": split.examples,
-            "batch_before": self._split.examples,
-            "micro": split.micro,
-            "accumulate": split.accumulate,
-            "lr_gain": self._gain,
-            "lr_multiplier": self._rates.multiplier * self._gain,
-            **target.numbers,
-        }
+        multiplier = self._rates.multiplier * self._gain
+        numbers = {**words.changed(split, self._split, self._gain), "lr_multiplier": multiplier, **target.numbers}
         self._decide(trainer, "batch", "grow", target.reason, numbers, self._effective)
 
     def _send(self, trainer: Any, split: Split) -> int:
@@ -243,31 +235,13 @@ class BatchRun:
             decay,
             may_leave_rate=self.settings.lr_scaling == "auto",
         )
-        reason = (
-            f"the loss went from {losses['loss_before']:.4g} to {losses['loss_after']:.4g} after the batch had grown "
-            f"to {grown.examples}: weights, optimizer and batch go back"
-        )
-        numbers = {
-            "batch": self._split.examples,
-            "batch_from": whole,
-            "batch_before": grown.examples,
-            "micro": self._split.micro,
-            "accumulate": self._split.accumulate,
-            "lr_gain": 1.0 / self._gain,
-            **losses,
-        }
-        self._decide(trainer, "batch", "undo_growth", reason, numbers)
+        undone = words.undone(self._split, grown, 1.0 / self._gain, whole, losses)
+        self._decide(trainer, "batch", "undo_growth", *undone)
 
     def _report_memory(self, trainer: Any) -> None:
         memory, self._memory = self._memory, None
         if memory is not None:
-            examples, pieces = memory
-            limit = self.tools.windows.piece_limit
-            reason = (
-                f"memory ran out on a micro-batch of {examples}: it was repeated in {pieces} pieces, and micro-batches "
-                f"above {limit} are run in pieces from now on"
-            )
-            self._decide(trainer, "batch", "split", reason, {"micro": examples, "pieces": pieces, "piece_limit": limit})
+            self._decide(trainer, "batch", "split", *words.taken_apart(*memory, self.tools.windows.piece_limit))
 
     def _decide(
         self, trainer: Any, kind: str, action: str, reason: str, numbers: dict[str, Any], effective: int = -1
