@@ -23,6 +23,9 @@ class Checks:
     def __init__(self, run: LRRun, policy: SearchPolicy) -> None:
         self._run = run
         self._policy = policy
+        self._last: tuple[int, Probe] | None = None
+        #: What the latest one has cost.
+        self.paid = 0.0
 
     @property
     def cost(self) -> float:
@@ -70,18 +73,45 @@ class Checks:
     def make(self, *, last: bool = False) -> Probe:
         """A probe of the present weights, counted by the machine; the best weights so far are kept."""
         run, validations = self._run, self._run.validations
-        probe = run.trials.probe()
-        run.costs.pay(self.cost)
+        probe = self._probe()
         # What a low rate leaves of a setback is for validations to see, where there are any.
         level = 0.0 if last else 1.0 if validations.current else run.level
         best = run.state.best_probe
         run.state = run.plan.machine.checked(run.state, probe, run.watch.recent(), run.step, level)
-        if validations.current:
+        self._keep(probe, best)
+        if validations.current and run.best.step == run.step:
             # What validation likes best is no setback, whatever a probe makes of it.
-            run.state = replace(run.state, bad=0) if run.best.step == run.step else run.state
-        elif run.state.best_probe is not best:
-            run.best.capture(run.step)
+            run.state = replace(run.state, bad=0)
         return probe
+
+    def look(self) -> Probe:
+        """A probe in the place of a validation, which the machine is not asked about."""
+        run = self._run
+        probe, best = self._probe(), run.state.best_probe
+        run.state = run.plan.machine.noted(run.state, probe, run.watch.recent(), run.step)
+        self._keep(probe, best)
+        return probe
+
+    def forget(self) -> None:
+        """The weights are others now."""
+        self._last = None
+
+    def _probe(self) -> Probe:
+        run = self._run
+        if self._last is None or self._last[0] != run.step:
+            self._last, self.paid = (run.step, run.trials.probe()), self.cost
+            run.costs.pay(self.paid)
+        else:
+            self.paid = 0.0
+        return self._last[1]
+
+    def _keep(self, probe: Probe, best: Probe | None) -> None:
+        """The weights of the best probe are kept, unless validations choose; they may choose this one."""
+        run, validations = self._run, self._run.validations
+        if validations.looking or not validations.current:
+            if run.state.best_probe is not best:
+                run.best.capture(run.step)
+            validations.probed(probe)
 
     def after_return(self, best: Probe | None) -> tuple[Probe | None, float]:
         """A probe of the best weights, which the run has gone back to, and what it has cost in steps.

@@ -30,10 +30,9 @@ class HeldRate:
         """How the rate moves; None where it does not, as under a user's scheduler, which moves it itself."""
         return None if self._run.driver.scheduled else self._run.plan.climb
 
-    @property
-    def start(self) -> float:
-        """The share of what a search says with which a run that begins now begins."""
-        return 1.0 if self.rule is None else self.rule.start_at(self._run.plan.progress)
+    def start_at(self, progress: float) -> float:
+        """The share of what a search says with which a run begins that begins there."""
+        return 1.0 if self.rule is None else self.rule.start_at(progress)
 
     def move(self, progress: float) -> None:
         """Where a window is over: the rate rises, falls or stays, and a move is recorded."""

@@ -118,17 +118,25 @@ class LRRun:
         self.driver.apply(self.state.lr, self.plan.shape(progress))
 
     def _do_what_is_due(self, progress: float) -> None:
-        if self.validations.look_due(progress) and not self.watch.trouble:
-            self.validations.look(progress)
-        worse = self.validations.judge() if self.validations.pending else ""
-        if worse or self.watch.trouble:
-            self.verdicts.recover(progress, worse or self.watch.trouble)
+        self._judge(progress)
         if self.watch.broken:
             inform(self.watch.broken)
             self.watch.broken = ""
             self.state = self.plan.machine.cut(self.state, progress)
+        if self.validations.look_due(progress):
+            self.watch.read()
+            if not self.watch.trouble:
+                self.validations.look(progress)
+            self._judge(progress)
         while (due := self.plan.machine.due(self.state, progress)) is not None:
             {"search": self._search, "forecast": self._predict, "end": self._end_stage}[due](progress)
+            self._judge(progress)
+
+    def _judge(self, progress: float) -> None:
+        """Goes back where a validation or the training loss says so."""
+        worse = self.validations.judge() if self.validations.pending else ""
+        if worse or self.watch.trouble:
+            self.verdicts.recover(progress, worse or self.watch.trouble)
 
     def after_update(self, loss: Tensor | None) -> None:
         """Takes in the training loss of an update that has been made."""
@@ -183,7 +191,7 @@ class LRRun:
         outcome = self.search(progress, self.state.request or "the first update is due")
         if self.state.index == 0:
             self.begin_stage(progress, *self.checks.begin(outcome.start))
-            self.validations.plan_looks()
+            self.validations.plan_looks(progress)
 
     def search(self, progress: float, why: str) -> SearchOutcome:
         """A search is made, paid and recorded; the rate is what it says."""
@@ -233,7 +241,7 @@ class LRRun:
             self.watch.expect(outlook.watch)
         reason, more = words.expected(outlook, now)
         action = "predict" if outlook.trusted else "refuse"
-        self.record("forecast", action, reason, numbers=numbers | more, cost=self.checks.cost)
+        self.record("forecast", action, reason, numbers=numbers | more, cost=self.checks.paid)
         if self.plan.machine.lost(self.state):
             self.verdicts.settle(progress, now, paid=True)
 

@@ -91,10 +91,12 @@ class LRSearches:
         self._run = run
         self._space = LogSpace(settings.low, settings.high)
         self.policy = SearchPolicy()
+        # Of the search that is being made: a clock goes on meanwhile, and cannot be read from within.
+        self._progress = 0.0
 
     def run(self, progress: float, why: str) -> SearchOutcome:
         """Searches now, if the budget has room for it."""
-        run = self._run
+        run, self._progress = self._run, progress
         current = run.state.lr
         legs, allowance = self._legs()
         if not legs:
@@ -238,11 +240,16 @@ class LRSearches:
         if (share := self._share) != 1.0:
             why = "the run holds its peak" if share < 1.0 else "the rate is coming down already"
             lr, reason = lr * share, f"{reason}, times {share:.2f} because {why}"
-        if (start := self._run.climb.start) != 1.0:
+        if (start := self._start) != 1.0:
             reason = f"{reason}, times {start:.2f} because it can rise from there"
         answer = self._settings.clip(lr)
         lr = self._settings.clip(answer * start)
         return lr, "set_lr", reason, lr / answer
+
+    @property
+    def _start(self) -> float:
+        """The share of what is found with which a run that begins now begins."""
+        return self._run.climb.start_at(self._progress)
 
     @property
     def _share(self) -> float:
@@ -250,7 +257,7 @@ class LRSearches:
         shape = self._run.plan.shape
         if self._run.driver.scheduled or not shape.decay:
             return 1.0
-        return Shape(warmup=0.0).mean() / shape.mean(self._run.plan.progress)
+        return Shape(warmup=0.0).mean() / shape.mean(self._progress)
 
     @property
     def _usual(self) -> float | None:
@@ -275,7 +282,7 @@ class LRSearches:
         if math.log(lr) >= exploded:
             lr = self._settings.clip(math.exp(exploded) / 10.0)
             return lr, "set_lr", f"{problem}: a tenth of the lowest rate that exploded", 1.0
-        return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}", self._run.climb.start
+        return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}", self._start
 
     def _skipped(self, why: str) -> SearchOutcome:
         current = self._run.state.lr
@@ -288,7 +295,7 @@ class LRSearches:
         if self._run.plan.searchable - self._run.costs.spent >= self._run.trials.probe_cost:
             start, cost = self._run.trials.probe(), self._run.trials.probe_cost
         reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
-        return SearchOutcome(lr, "skip", reason, start=start, cost=cost, gain=self._run.climb.start)
+        return SearchOutcome(lr, "skip", reason, start=start, cost=cost, gain=self._start)
 
     def _family(self) -> str:
         return type(self._run.optimizer).__name__

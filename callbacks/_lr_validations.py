@@ -33,7 +33,7 @@ class OwnValidations:
         self._state = ValidationState()
         self._before: Any = None
         self._pending: tuple[int, float] | None = None
-        self._ended_at = -1
+        self._ended_at = self._probed_at = -1
         self._missed = False
         # Where weights are averaged, validation may be of others than those that a rollback brings back.
         self._read = run.plan.machine.guard and not run.plan.averages and not validates_averages(run.trainer)
@@ -53,9 +53,10 @@ class OwnValidations:
         """Whether looks have taken their place."""
         return self._state.looking
 
-    def plan_looks(self) -> None:
-        """The first search is over: what it has left over may pay for looks."""
+    def plan_looks(self, progress: float) -> None:
+        """The run begins: what the first search has left over may pay for looks."""
         run, best = self._run, self._run.state.best_probe
+        self._state = replace(self._state, start=progress)
         all_seen = best is not None and best.share >= run.plan.machine.nearly_all
         if self._read and all_seen and run.plan.shape.decay and run.plan.machine.search == "on_evidence":
             self._state = self._rule.planned(self._state, run.checks.spare)
@@ -68,22 +69,20 @@ class OwnValidations:
         """Probes the present weights in the place of a validation, if that can be paid."""
         run, best = self._run, self._run.state.best_probe
         self._state = self._rule.looked(self._state, progress)
-        if best is None or not run.checks.affordable(1 + _KEPT_PROBES):
+        # Validations that have ceased have chosen weights of which no probe was made.
+        known = best is not None and run.best.step == run.state.best_step
+        if best is None or not known or not run.checks.affordable(1 + _KEPT_PROBES):
             return
         if not self.looking:
             self._state = self._rule.begun(self._state, best.loss, run.state.best_step)
-        probe = run.trials.probe()
-        run.costs.pay(run.checks.cost)
+        probe = run.checks.look()
         reason, numbers = words.looked(run.state, probe)
-        run.record("stage", "look", reason, numbers=numbers, cost=run.checks.cost)
-        self._pending = (run.step, probe.loss)
+        run.record("stage", "look", reason, numbers=numbers, cost=run.checks.paid)
 
-    def ends(self, probe: Probe) -> str:
-        """The run has ended with this probe: as :meth:`judge`, where looks are made."""
-        if not self.looking:
-            return ""
-        self._pending = (self._run.step, probe.loss)
-        return self.judge(last=True)
+    def probed(self, probe: Probe) -> None:
+        """The present weights have been probed: where looks are made every probe is one, once an update."""
+        if self.looking and self._probed_at != self._run.step:
+            self._pending, self._probed_at = (self._run.step, probe.loss), self._run.step
 
     def began(self, metrics: Mapping[str, Any]) -> None:
         """The trainer begins to validate.
@@ -131,10 +130,10 @@ class OwnValidations:
         progress, level = run.plan.progress, 0.0 if last else run.level
         (step, loss), self._pending = self._pending, None
         # In the middle of an accumulation window it was of weights that are gone.
-        if step != run.step or not (last or self._rule.counts(self._state, progress)):
+        if step != run.step or not (last or self.looking or self._rule.counts(self._state, progress)):
             return ""
         self._state = self._rule.seen(self._state, loss, step, progress, level)
-        if self._state.best < best:
+        if self._state.best < best and not self.looking:
             run.best.capture(step)
         if not self._rule.lost(self._state, level):
             return ""
@@ -144,7 +143,10 @@ class OwnValidations:
 
     def went_back(self) -> None:
         """The weights are the best ones again."""
-        self._state = self._rule.went_back(self._state)
+        self._state, self._pending = self._rule.went_back(self._state), None
+        # A look would say of them what is known.
+        if self.look_due(self._run.plan.progress):
+            self._state = self._rule.looked(self._state, self._run.plan.progress)
 
     def resign(self) -> None:
         """Going back does not help."""
@@ -152,7 +154,7 @@ class OwnValidations:
 
     def clock_moved(self, scale: float) -> None:
         """The run's end has moved: the same work is ``scale`` times as much progress."""
-        self._state = self._state.rescaled(scale)
+        self._state = self._rule.moved(self._state, scale, known=self._run.plan.shape.decay)
 
     def state_dict(self) -> dict[str, Any]:
         """As primitives."""

@@ -33,7 +33,7 @@ class Verdicts:
         """
         run, before = self._run, self._run.state
         run.state, verdict, evidence = run.plan.machine.ended(before, probe)
-        self._judged(before, probe, evidence, cost=0.0 if paid else run.checks.cost)
+        self._judged(before, probe, evidence, cost=0.0 if paid else run.checks.paid)
         if verdict == "roll_back":
             self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")
             self._begin_again(progress, before)
@@ -50,6 +50,8 @@ class Verdicts:
     def recover(self, progress: float, why: str) -> None:
         """The run has diverged, or validation says that it got worse: it goes back, until that is seen not to help."""
         run, before = self._run, self._run.state
+        # What is not read yet is of the updates that are undone.
+        run.watch.read()
         run.watch.trouble = ""
         run.state, verdict = run.plan.machine.failed(before)
         if verdict == "roll_back":
@@ -68,8 +70,9 @@ class Verdicts:
         if run.checks.affordable():
             run.watch.read()
             probe = run.checks.make(last=True)
-            self._judged(run.state, probe, (), cost=run.checks.cost)
-            lost = lost or run.validations.ends(probe)
+            self._judged(run.state, probe, (), cost=run.checks.paid)
+            if run.validations.pending:
+                lost = lost or run.validations.judge(last=True)
             worse = run.plan.machine.lost(run.state) and run.best.step != run.step
             if worse or not math.isfinite(probe.loss):
                 lost = lost or f"the run ended at {probe.loss:.4g}, worse than its best"
@@ -86,6 +89,7 @@ class Verdicts:
     def _roll_back(self, before: StageState, why: str) -> None:
         run = self._run
         run.best.restore()
+        run.checks.forget()
         run.climb.taken_back(before.lr, run.plan.progress)
         run.validations.went_back()
         numbers = words.rolled_back(run.state, before, run.step, run.best.step)

@@ -38,8 +38,8 @@ class AutoLRS(Callback):
     For half of its known length the rate rises while the training loss gets better and falls while it gets worse
     (:mod:`autotune.stage.climb`); from there it decays linearly to zero. On a doubling clock the forecast is judged, a
     stage that lost ground is undone, and the rate is searched again when there is a reason. Where the trainer validates
-    often, its own validations say which weights were best, else looks at all that it would validate, as many as the
-    search leaves over (:mod:`autotune.stage.validations`). Trials leave no trace, and all they cost is inside
+    often, its own validations say which weights were best, else looks at nine tenths or more of what it would validate,
+    as many as the search leaves over (:mod:`autotune.stage.validations`). Trials leave no trace, and all they cost is inside
     ``search_budget``.
 
     With a learning-rate scheduler of the user's, what is tuned is a multiplier on it. Under a schedule-free optimizer

@@ -209,7 +209,7 @@ def draw(folder: Path, decisions: list[Decision]) -> Path:
     }
     seen: set[str] = set()
     for decision in decisions:
-        if decision.kind in colours and (decision.kind, decision.action) != ("stage", "begin"):
+        if decision.kind in colours and decision.action not in ("begin", "look"):
             for axis in (top, bottom):
                 label = decision.kind if decision.kind not in seen and axis is bottom else None
                 axis.axvline(decision.step, color=colours[decision.kind], linestyle=":", label=label)

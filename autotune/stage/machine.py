@@ -196,6 +196,10 @@ class StageMachine:
         state = replace(state, bad=state.bad + 1 if bad else 0, late=late and (told or level == 0.0))
         return state if best is None else _with_best(state, probe, train, step)
 
+    def noted(self, state: StageState, probe: Probe, train: float, step: int) -> StageState:
+        """A probe has been made that says nothing but which weights are best."""
+        return _with_best(state, probe, train, step)
+
     def lost(self, state: StageState) -> bool:
         """Whether the checks so far call for going back."""
         return self.guard and state.bad >= (1 if state.late else self.bad_checks)

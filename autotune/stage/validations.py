@@ -34,6 +34,7 @@ class ValidationState:
     """What evolves; primitives only.
 
     Attributes:
+        start: Progress at which the run came under our control.
         first: Progress at the first validation; infinite before it.
         last: Progress at the latest that counted.
         best: The lowest loss since they serve.
@@ -43,9 +44,10 @@ class ValidationState:
         resigned: Whether going back has not helped, and nothing better has come since.
         look_due: Progress at which the next look is due; infinite where none is planned.
         look_every: Progress from one look to the next.
-        looking: Whether looks have taken the place of validations.
+        looking: Whether looks have taken the place of validations, which do not count any more.
     """
 
+    start: float = 0.0
     first: float = math.inf
     last: float = -math.inf
     best: float = math.inf
@@ -66,19 +68,14 @@ class ValidationState:
         """The inverse of :meth:`to_dict`."""
         return cls(**{**saved, "recent": tuple(saved["recent"])})
 
-    def rescaled(self, scale: float) -> ValidationState:
-        """On a clock on which the same work is ``scale`` times as much progress."""
-        due, every = self.look_due * scale, self.look_every * scale
-        return replace(self, first=self.first * scale, last=self.last * scale, look_due=due, look_every=every)
-
 
 @dataclass(frozen=True)
 class Validations:
     """Configuration of the rule.
 
     Attributes:
-        often: The first validation comes at this progress at the latest, or probes go on to do the work; they take it
-            up again where so much passes without one.
+        often: The first validation comes after so much progress at the latest, or probes go on to do the work; they
+            take it up again where so much passes without one.
         apart: One that comes sooner than this after another does not count. Neighbours a few updates apart are alike,
             so that their scatter is no measure of noise, and the more looks the more often noise is taken for a loss.
         settled: The rate has come down where it is at this share of its peak, as for a late check of the stage machine.
@@ -101,7 +98,7 @@ class Validations:
     span: float = 0.3
 
     def planned(self, state: ValidationState, count: int) -> ValidationState:
-        """So many looks can be paid: when they come, the last of them before the run's end.
+        """So many looks can be paid: when they come, one ``look_every`` before the run's end at the latest.
 
         >>> rule = Validations()
         >>> for count in (2, 6, 20, 100):
@@ -113,14 +110,16 @@ class Validations:
         0.125 0.025
         """
         if count < self.fewest:
-            return state
+            return replace(state, look_due=math.inf, look_every=math.inf)
         every = max(self.apart, self.span / count)
         # By then it is known whether the trainer validates often.
-        return replace(state, look_due=max(self.often, 1.0 - count * every), look_every=every)
+        return replace(state, look_due=max(state.start + self.often, 1.0 - count * every), look_every=every)
 
     def is_due(self, state: ValidationState, progress: float) -> bool:
         """Whether a look is to be made now: not while validations serve that cost nothing."""
-        return progress >= state.look_due - _ROUNDING and (state.looking or not self.current(state, progress))
+        if progress < state.look_due - _ROUNDING:
+            return False
+        return self.counts(state, progress) if state.looking else not self.current(state, progress)
 
     def begun(self, state: ValidationState, loss: float, step: int) -> ValidationState:
         """Looks take over, at the best probe so far; what validations have said before no longer counts."""
@@ -130,7 +129,8 @@ class Validations:
 
     def looked(self, state: ValidationState, progress: float) -> ValidationState:
         """The look that was due has been made, or could not be paid."""
-        return replace(state, look_due=progress + state.look_every)
+        due = state.look_due + state.look_every
+        return replace(state, look_due=due if due > progress else progress + state.look_every)
 
     def counts(self, state: ValidationState, progress: float) -> bool:
         """Whether a validation that is made now is far enough from the one before."""
@@ -155,11 +155,11 @@ class Validations:
 
     def serve(self, state: ValidationState) -> bool:
         """Whether the first one came early enough, or looks are made."""
-        return state.looking or state.first <= self.often + _ROUNDING
+        return state.looking or state.first <= state.start + self.often + _ROUNDING
 
     def current(self, state: ValidationState, progress: float) -> bool:
         """Whether the run is judged by its validations now."""
-        return self.serve(state) and progress <= state.last + self.often + _ROUNDING
+        return state.looking or (self.serve(state) and progress <= state.last + self.often + _ROUNDING)
 
     def lost(self, state: ValidationState, level: float) -> bool:
         """Whether the latest validation says that the run is worse for good than it was.
@@ -176,6 +176,20 @@ class Validations:
         loss = state.recent[-1]
         noise = self.errors * math.sqrt(2.0) * scatter(state.recent)
         return not math.isfinite(loss) or loss > state.best + max(noise, self.least * abs(state.best))
+
+    def moved(self, state: ValidationState, scale: float, *, known: bool = True) -> ValidationState:
+        """On a clock on which the same work is ``scale`` times as much progress.
+
+        Args:
+            state: On the clock before.
+            scale: As it says.
+            known: Whether the end is known; looks are made before an end alone.
+        """
+        scaled = {name: scale * getattr(state, name) for name in ("start", "first", "last", "look_due", "look_every")}
+        state = replace(state, **scaled)
+        if not known:
+            return replace(state, look_due=math.inf, look_every=math.inf)
+        return replace(state, look_every=max(state.look_every, self.apart))
 
     def went_back(self, state: ValidationState) -> ValidationState:
         """The weights are the best ones again, and a validation of them would say the same again."""

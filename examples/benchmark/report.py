@@ -145,15 +145,21 @@ def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
         cost = [statistics.fmean(p[0] for p in at) for at in points]
         middle = [statistics.fmean(p[1] for p in at) for at in points]
         style = {"linewidth": 2.5 if name in (best, "autolrs") else 1.0}
-        (line,) = left.plot(cost, middle, label=name, **style)
+        (line,) = left.plot(cost, middle, label=f"{name}: {middle[-1]:.3g}", **style)
         low, high = ([f(p[1] for p in at) for at in points] for f in (min, max))
         left.fill_between(cost, low, high, alpha=0.15, color=line.get_color())
         right.plot(*zip(*ours[0]["rates"], strict=True), color=line.get_color(), **style)
-    left.set(xlabel="total cost (optimizer steps, searching included)", ylabel="validation loss", title=workload)
-    reached = [point[1] for result in runs[best].values() for point in result.get("curve", ())]
+    drawn = [seed for seed in seeds if "curve" in runs[best].get(seed, {})]
+    of = f"seeds {', '.join(map(str, drawn))}" if len(drawn) > 1 else f"seed {drawn[0]}"
+    left.set(xlabel="total cost (optimizer steps, searching included)", ylabel=f"validation loss (mean, range of {of})")
+    reached = [point[1] for seed in drawn for point in runs[best][seed]["curve"]]
     ceiling, floor = max(reached), min(reached)
-    left.set_ylim(floor - 0.05 * (ceiling - floor), ceiling + 0.2 * (ceiling - floor))
+    left.set(title=workload, ylim=(0.9 * floor, 1.1 * ceiling))
+    if floor > 0.0:
+        left.set_yscale("log")
+    peak = max(rate for result in runs[best].values() for _, rate in result.get("rates", ()))
     right.set(xlabel="real updates", ylabel="learning rate of the first group", yscale="log", title="learning rate")
+    right.set_ylim(1e-4 * peak, 1e3 * peak)
     left.legend(fontsize=7)
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)

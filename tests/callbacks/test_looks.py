@@ -37,6 +37,8 @@ def test_they_are_spread_over_the_run_and_paid_from_the_budget(tmp_path, seed):
     assert all(after - before >= UPDATES // 40 for before, after in pairwise(steps))
     (price,) = {d.cost_steps for d in looks(callback)}
     assert price == pytest.approx(2.0 / 3.0)  # two batches
+    probed = [d.step for d in callback.decisions if d.kind in ("stage", "forecast") and d.cost_steps > 0.0]
+    assert len(set(probed)) == len(probed), "the same weights were probed twice"
     assert sum(d.cost_steps for d in callback.decisions if d.kind != "rollback") <= BUDGET * UPDATES
 
 
@@ -64,6 +66,57 @@ def test_there_are_none_where_the_trainer_validates_often(tmp_path, every, made)
     assert bool(looks(callback)) == made
     said = [move for move in returns(callback) if move.reason.startswith("validation says")]
     assert bool(said) != made
+
+
+def test_nor_where_it_validates_just_often_enough(tmp_path):
+    """The first validation and the first look would come before the same update."""
+    callback = AutoLRS(search_budget=0.5)
+    eighths = {"check_val_every_n_epoch": None, "val_check_interval": UPDATES // 8}
+    overfit(tmp_path, callback, 1, Regression, max_steps=UPDATES, **eighths)
+    assert not looks(callback)
+    assert any(move.reason.startswith("validation says") for move in returns(callback))
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_where_validations_have_ceased_they_begin_with_weights_that_are_kept(tmp_path, seed):
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=UPDATES // 2, filename="{step}")
+    often = {"max_steps": UPDATES, "check_val_every_n_epoch": 2}
+    overfit(tmp_path / "a", controller(), seed, Regression, saver, **often)
+    callback = controller()
+    kept = tmp_path / f"step={UPDATES // 2}.ckpt"
+    overfit(tmp_path / "b", callback, 9, Regression, ckpt_path=kept, max_steps=UPDATES)
+    for move in by_looks(callback):
+        assert f"at step {move.numbers['to_step']}: back to" in move.reason
+
+
+class Breaks(Regression):
+    """Two updates before a look the loss is not a number, once."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step == self.at else loss
+
+
+def test_a_divergence_that_a_look_finds_is_undone_once(tmp_path):
+    callback = controller()
+    overfit(tmp_path / "a", callback)
+    Breaks.at = next(d.step for d in looks(callback) if d.step % 10 == 0) - 2
+    broken = controller()
+    overfit(tmp_path / "b", broken, 1, Breaks)
+    back = [move.step for move in returns(broken) if Breaks.at < move.step <= Breaks.at + 12]
+    assert len(back) == 1
+    assert looks(broken)[-1].step > back[0]
+
+
+def test_a_run_that_is_made_longer_looks_no_closer_than_they_count(tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=UPDATES // 2, filename="{step}")
+    overfit(tmp_path / "a", controller(), 1, Regression, saver)
+    callback = controller()
+    kept = tmp_path / f"step={UPDATES // 2}.ckpt"
+    overfit(tmp_path / "b", callback, 9, Regression, ckpt_path=kept, max_steps=2 * UPDATES)
+    steps = [d.step for d in looks(callback) if d.step > UPDATES // 2]
+    assert len(steps) >= 10
+    assert all(after - before >= 2 * UPDATES // 40 for before, after in pairwise(steps))
 
 
 def test_there_are_none_where_a_probe_shows_a_part(tmp_path):

@@ -96,3 +96,15 @@ def test_published_trials_too_short_to_be_extrapolated_are_compared_where_they_e
     assert {one["status"] for one in small} <= {"finished", "stopped"}
     assert "no trial could be ranked" not in first.reason
     assert first.numbers["lr"] > 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_that_ends_by_the_clock_walks_from_what_is_usual(tmp_path, optimizer):
+    """The clock is the trainer's, and cannot be read in the middle of a trial."""
+    callback = AutoLRS()
+    runner = trainer(tmp_path, callback, max_steps=-1, max_epochs=-1, max_time={"seconds": 4})
+    runner.fit(Tiny(optimizer=optimizer), loader(batch=8), val_loader())
+    first = searches(callback)[0]
+    assert first.action == "set_lr"
+    assert "usual" in first.reason
+    assert callback.decisions[-1].kind == "finish"

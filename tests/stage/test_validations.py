@@ -30,7 +30,7 @@ class TestOften:
 
     def test_a_run_that_is_made_longer_may_turn_out_to_be_validated_often(self):
         seldom = seen([1.0, 0.2], every=0.3)
-        longer = seldom.rescaled(0.1)
+        longer = RULE.moved(seldom, 0.1)
         assert RULE.serve(longer)
         assert longer.last == pytest.approx(0.06)
         # Nobody kept the weights of those that did not serve.
@@ -166,9 +166,25 @@ class TestLooks:
         assert not RULE.is_due(state, 0.5)
         assert not RULE.is_due(state, 0.52)
         assert RULE.is_due(state, 0.525)
-        longer = state.rescaled(0.5)
+        late = RULE.looked(state, 0.55)
+        assert late.look_due == pytest.approx(0.575), "one that was overdue moves those after it"
+
+    def test_on_another_clock_they_come_no_closer_than_they_count(self):
+        state = RULE.looked(RULE.begun(RULE.planned(ValidationState(), 20), 0.5, 7), 0.5)
+        longer = RULE.moved(RULE.seen(state, 0.4, 50, 0.5), 0.5)
         assert longer.look_due == pytest.approx(0.2625)
+        assert longer.look_every == RULE.apart
+        assert not RULE.is_due(longer, 0.2625)
+        assert RULE.is_due(longer, 0.275)
         assert longer.looking
+        assert RULE.moved(state, 2.0).look_every == 2.0 * state.look_every
+        assert not RULE.is_due(RULE.moved(state, 1.0, known=False), 10.0)
+
+    def test_often_counts_from_where_the_run_came_under_control(self):
+        late = RULE.seen(replace(ValidationState(), start=0.5), 1.0, 60, 0.6)
+        assert RULE.serve(late)
+        assert not RULE.serve(RULE.seen(ValidationState(), 1.0, 60, 0.6))
+        assert RULE.planned(late, 100).look_due == 0.625
 
 
 @given(st.lists(st.floats(allow_nan=True), max_size=12))
