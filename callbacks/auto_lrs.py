@@ -39,8 +39,8 @@ class AutoLRS(Callback):
     (:mod:`autotune.stage.climb`); from there it decays linearly to zero. On a doubling clock the forecast is judged, a
     stage that lost ground is undone, and the rate is searched again when there is a reason. Where the trainer validates
     often, its own validations say which weights were best, else looks at nine tenths or more of what it would validate,
-    as many as the search leaves over (:mod:`autotune.stage.validations`). Trials leave no trace, and all they cost is inside
-    ``search_budget``.
+    as many as the search leaves over (:mod:`autotune.stage.validations`). Trials leave no trace, and all they cost is
+    inside ``search_budget``.
 
     With a learning-rate scheduler of the user's, what is tuned is a multiplier on it. Under a schedule-free optimizer
     the rate is held, in trials too, and its average is what trials are judged by. In both cases, and while the run's
