@@ -50,8 +50,6 @@ class Verdicts:
     def recover(self, progress: float, why: str) -> None:
         """The run has diverged, or validation says that it got worse: it goes back, until that is seen not to help."""
         run, before = self._run, self._run.state
-        # What is not read yet is of the updates that are undone.
-        run.watch.read()
         run.watch.trouble = ""
         run.state, verdict = run.plan.machine.failed(before)
         if verdict == "roll_back":
@@ -89,6 +87,9 @@ class Verdicts:
     def _roll_back(self, before: StageState, why: str) -> None:
         run = self._run
         run.best.restore()
+        # What was said, or is not read yet, is of the updates that are undone.
+        run.watch.read()
+        run.watch.trouble = ""
         run.checks.forget()
         run.climb.taken_back(before.lr, run.plan.progress)
         run.validations.went_back()
