@@ -145,14 +145,13 @@ def draw(workload: str, runs: Runs, seeds: list[int], folder: Path) -> Path:
         cost = [statistics.fmean(p[0] for p in at) for at in points]
         middle = [statistics.fmean(p[1] for p in at) for at in points]
         style = {"linewidth": 2.5 if name in (best, "autolrs") else 1.0}
-        (line,) = left.plot(cost, middle, label=f"{name}: {middle[-1]:.3g}", **style)
+        ended = f"{statistics.fmean(map(loss_of, ours)):.3g}, {len(ours)} seed{'s' * (len(ours) > 1)}"
+        (line,) = left.plot(cost, middle, label=f"{name}: {ended}", **style)
         low, high = ([f(p[1] for p in at) for at in points] for f in (min, max))
         left.fill_between(cost, low, high, alpha=0.15, color=line.get_color())
         right.plot(*zip(*ours[0]["rates"], strict=True), color=line.get_color(), **style)
-    drawn = [seed for seed in seeds if "curve" in runs[best].get(seed, {})]
-    of = f"seeds {', '.join(map(str, drawn))}" if len(drawn) > 1 else f"seed {drawn[0]}"
-    left.set(xlabel="total cost (optimizer steps, searching included)", ylabel=f"validation loss (mean, range of {of})")
-    reached = [point[1] for seed in drawn for point in runs[best][seed]["curve"]]
+    left.set(xlabel="total cost (optimizer steps, searching included)", ylabel="validation loss (mean, range)")
+    reached = [point[1] for seed in seeds for point in runs[best].get(seed, {}).get("curve", ())]
     ceiling, floor = max(reached), min(reached)
     left.set(title=workload, ylim=(0.9 * floor, 1.1 * ceiling))
     if floor > 0.0:
