@@ -71,6 +71,7 @@ class Verdicts:
             self._judged(run.state, probe, (), cost=run.checks.paid)
             if run.validations.pending:
                 lost = lost or run.validations.judge(last=True)
+            # Validations may like best what a probe finds worse: there is nothing to go back to.
             worse = run.plan.machine.lost(run.state) and run.best.step != run.step
             if worse or not math.isfinite(probe.loss):
                 lost = lost or f"the run ended at {probe.loss:.4g}, worse than its best"
