@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autotune.callbacks import _lr_words as words
+from autotune.callbacks._lr_peaks import Answer, RunPeaks
 from autotune.callbacks._trial import PlannedLeg
 from autotune.callbacks._trials import SearchResult
 from autotune.search import (
@@ -22,10 +23,10 @@ from autotune.search import (
 )
 from autotune.search.state import highest_harmless
 from autotune.search.surrogate import SurrogatePrior
-from autotune.search.usual import cautious_lr, usual_lr
+from autotune.search.usual import usual_lr
 from autotune.stage.policy import Leg, SearchPolicy
 from autotune.stage.probe import Probe
-from autotune.stage.schedule import Shape, TrialShape
+from autotune.stage.schedule import TrialShape
 from autotune.stage.settings import LRSettings
 
 if TYPE_CHECKING:
@@ -74,10 +75,6 @@ class SearchOutcome:
     reach: float = 1.0
 
 
-#: Rate, action, reason, and the rate as a share of what was found.
-_Answer = tuple[float, str, str, float]
-
-
 class LRSearches:
     """Plans and runs the searches of one fit.
 
@@ -91,12 +88,11 @@ class LRSearches:
         self._run = run
         self._space = LogSpace(settings.low, settings.high)
         self.policy = SearchPolicy()
-        # Of the search that is being made: a clock goes on meanwhile, and cannot be read from within.
-        self._progress = 0.0
+        self._peaks = RunPeaks(settings, run, 0.0)
 
     def run(self, progress: float, why: str) -> SearchOutcome:
         """Searches now, if the budget has room for it."""
-        run, self._progress = self._run, progress
+        run, self._peaks = self._run, RunPeaks(self._settings, self._run, progress)
         current = run.state.lr
         legs, allowance = self._legs()
         if not legs:
@@ -113,7 +109,7 @@ class LRSearches:
             return self._published_leg(whole if run.state.searches == 0 else run.left)
         if run.state.searches == 0:
             left = whole - run.costs.spent
-            usual = usual_lr(self._family())
+            usual = usual_lr(self._peaks.family)
             known = usual is not None and self._space.contains(math.log(usual))
             centred = known and self._settings.proposals != "grid"
             return self.policy.first(left, probe, centred=centred), left
@@ -166,7 +162,7 @@ class LRSearches:
         if self._settings.proposals == "grid":
             return self._grid(leg, before)
         if leg.walk:
-            usual = self._usual
+            usual = self._peaks.usual
             # Where the short trials got nowhere, longer ones at what is usual say more than a second look everywhere.
             centre = usual
             known = before is not None and math.isfinite(before.log_lr)
@@ -214,7 +210,7 @@ class LRSearches:
         """The highest rate that did no trial harm, as a run's peak, over the answer; 1 where it is lower."""
         if self._settings.objective == "forecast":
             return 1.0
-        return max(1.0, math.exp(highest_harmless(result.outcomes, result.start.loss)) * self._share / answer)
+        return max(1.0, math.exp(highest_harmless(result.outcomes, result.start.loss)) * self._peaks.share / answer)
 
     def _promised(self, result: SearchResult, leg: Leg, lr: float) -> float:
         # The published trials' losses are extrapolations; a rate that climbs begins below every trial's.
@@ -224,48 +220,18 @@ class LRSearches:
         nearest = min(ends, key=lambda o: abs(o.log_lr - math.log(lr)), default=None)
         return math.nan if nearest is None else nearest.loss
 
-    def _answer(self, found: Recommendation, current: float | None) -> _Answer:
+    def _answer(self, found: Recommendation, current: float | None) -> Answer:
         lr = self._settings.clip(math.exp(found.log_lr))
         if self._settings.objective == "forecast":
             return lr, "set_lr", found.reason, 1.0
         if current is None:
-            return self._opening(lr, found.reason)
+            return self._peaks.opening(lr, found.reason)
         promised = f"{found.gap:.2f} +- {found.gap_sd:.2f} of a trial's progress"
         if math.isfinite(found.gap) and found.gap > max(_WORTH_CHANGING, found.gap_sd):
             return lr, "set_lr", f"a change promises {promised}: {found.reason}", 1.0
         return current, "keep_lr", f"a change promises only {promised}", 1.0
 
-    def _opening(self, lr: float, reason: str) -> _Answer:
-        """The first peak: the run's mean rate is to be that of the trial it rests on, which holds no peak."""
-        if (share := self._share) != 1.0:
-            why = "the run holds its peak" if share < 1.0 else "the rate is coming down already"
-            lr, reason = lr * share, f"{reason}, times {share:.2f} because {why}"
-        if (start := self._start) != 1.0:
-            reason = f"{reason}, times {start:.2f} because it can rise from there"
-        answer = self._settings.clip(lr)
-        lr = self._settings.clip(answer * start)
-        return lr, "set_lr", reason, lr / answer
-
-    @property
-    def _start(self) -> float:
-        """The share of what is found with which a run that begins now begins."""
-        return self._run.climb.start_at(self._progress)
-
-    @property
-    def _share(self) -> float:
-        """A trial's mean share of its peak over that of what is left of the run: one that holds its peak bears less."""
-        shape = self._run.plan.shape
-        if self._run.driver.scheduled or not shape.decay:
-            return 1.0
-        return Shape(warmup=0.0).mean() / shape.mean(self._progress)
-
-    @property
-    def _usual(self) -> float | None:
-        """What is usual for the optimizer as the peak of a run, as the peak of a trial that comes to the same."""
-        usual = usual_lr(self._family())
-        return None if usual is None else usual / self._share
-
-    def _fallback(self, result: SearchResult, current: float | None) -> _Answer:
+    def _fallback(self, result: SearchResult, current: float | None) -> Answer:
         """Without a recommendation: the current rate, the best finished trial, a default by optimizer family."""
         if not math.isfinite(result.start.loss):
             problem = f"the loss is {result.start.loss} before any trial, so there is nothing to search by"
@@ -276,29 +242,23 @@ class LRSearches:
         finished = [outcome for outcome in result.outcomes if outcome.status == "finished"]
         if finished:
             best = min(finished, key=lambda outcome: outcome.loss)
-            return self._opening(math.exp(best.log_lr), f"{problem}: the best finished trial's rate")
-        lr = self._default()
+            return self._peaks.opening(math.exp(best.log_lr), f"{problem}: the best finished trial's rate")
+        lr = self._peaks.default
         exploded = min((o.log_lr for o in result.outcomes if o.status == "diverged"), default=math.inf)
         if math.log(lr) >= exploded:
             lr = self._settings.clip(math.exp(exploded) / 10.0)
             return lr, "set_lr", f"{problem}: a tenth of the lowest rate that exploded", 1.0
-        return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._family()}", self._start
+        return lr, "set_lr", f"{problem}: {lr:g} is a usual rate for {self._peaks.family}", self._peaks.start
 
     def _skipped(self, why: str) -> SearchOutcome:
         current = self._run.state.lr
         missing = f"a search was due because {why}, but the budget does not pay for trials long enough to tell"
         if current is not None:
             return SearchOutcome(current, "skip", f"{missing}: the current rate stays")
-        lr = self._default()
+        lr = self._peaks.default
         start, cost = None, 0.0
         # It stands in for the first search, before which nothing is "left" yet: a monitor that nothing logs is refused.
         if self._run.plan.searchable - self._run.costs.spent >= self._run.trials.probe_cost:
             start, cost = self._run.trials.probe(), self._run.trials.probe_cost
-        reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._family()}"
-        return SearchOutcome(lr, "skip", reason, start=start, cost=cost, gain=self._start)
-
-    def _family(self) -> str:
-        return type(self._run.optimizer).__name__
-
-    def _default(self) -> float:
-        return self._settings.clip(cautious_lr(self._family()))
+        reason = f"{missing} (the run is too short): {lr:g} is a usual rate for {self._peaks.family}"
+        return SearchOutcome(lr, "skip", reason, start=start, cost=cost, gain=self._peaks.start)
