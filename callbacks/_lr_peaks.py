@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autotune.search.strides import steps_made, trial_shares
 from autotune.search.usual import cautious_lr, usual_lr
 from autotune.stage.schedule import Shape
 from autotune.stage.settings import LRSettings
@@ -57,6 +58,24 @@ class RunPeaks:
     def default(self) -> float:
         """A cautious peak, for a run of which nothing is known."""
         return self._settings.clip(cautious_lr(self.family))
+
+    def trial_shares(self, trial: int, run: int) -> tuple[float, ...]:
+        """What a trial's rates are multiplied by, so that its steps are as long as those of the run that is left.
+
+        Args:
+            trial: Steps of the trial.
+            run: Steps of the run that is left.
+        """
+        optimizer, start = self._run.optimizer, min(self._progress, 1.0)
+        shape = self._run.plan.shape
+        return trial_shares(
+            self.family,
+            optimizer.param_groups[0],
+            trial,
+            run,
+            made=steps_made(optimizer),
+            shape=lambda place: shape(start + (1.0 - start) * place),
+        )
 
     def opening(self, lr: float, reason: str) -> Answer:
         """The first peak: the run's mean rate is to be that of the trial it rests on, which holds no peak."""

@@ -99,6 +99,7 @@ class LRSearches:
             return self._skipped(why)
         planned = [self._planned(leg, index, current, progress) for index, leg in enumerate(legs)]
         result = run.trials.search(planned, index=run.state.searches, allowance=allowance)
+        why = f"{why}{words.shortened(self._peaks.family, planned[-1].shape.shares)}"
         return self._decided(result, legs, current, why)
 
     def _legs(self) -> tuple[list[Leg], float]:
@@ -146,7 +147,11 @@ class LRSearches:
             searcher=searcher,
             begin=begin,
             candidates=leg.candidates,
-            shape=TrialShape(leg.steps, constant=published or run.plan.averages),
+            shape=TrialShape(
+                leg.steps,
+                constant=published or run.plan.averages,
+                shares=() if published else self._peaks.trial_shares(leg.steps, target),
+            ),
             level=level,
             forecast_to=self._stage_steps() if published else None,
             evaluations=_PUBLISHED_EVALUATIONS if published and run.state.index >= 2 else 0,

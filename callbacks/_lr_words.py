@@ -57,6 +57,14 @@ def _thinned(curve: tuple[float, ...], points: int = 100) -> list[list[float]]:
     return [[float(step), curve[step]] for step in sorted(kept)]
 
 
+def shortened(optimizer: str, shares: tuple[float, ...]) -> str:
+    """That a trial's rates were lowered, where they were, and why."""
+    longest = 1.0 / min(shares, default=1.0)
+    if longest < 1.05:
+        return ""
+    return f"; {optimizer}'s first steps are up to {longest:.2g} times as long as the run's: the trials' are not"
+
+
 def climbed(
     state: StageState, before: StageState, loss: float, best: float, *, stuck: bool
 ) -> tuple[str, dict[str, Any]]:

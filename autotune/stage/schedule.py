@@ -69,20 +69,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class TrialShape:
-    """A trial's rate: the run that remains, on a smaller scale.
+    """A trial's rate: the decay of the run that remains, on a smaller scale.
 
     Attributes:
         steps: Optimizer steps of the whole trial.
-        warmup: Share of the trial that is warm-up (only where the run's own warm-up is still to come).
         constant: Hold the rate instead of annealing it: AutoLRS as published.
+        shares: What each step's rate is multiplied by besides (:mod:`autotune.search.strides`); empty for nothing.
     """
 
     steps: int
-    warmup: float = 0.0
     constant: bool = False
+    shares: tuple[float, ...] = ()
 
     def __call__(self, step: int) -> float:
         """The share of the candidate's rate at trial step ``step`` (from 0)."""
-        if self.constant:
-            return 1.0
-        return Shape(self.warmup, True, 1.0 / self.steps)(step / self.steps)
+        share = self.shares[step] if self.shares else 1.0
+        return share if self.constant else share * Shape(0.0, True, 1.0 / self.steps)(step / self.steps)

@@ -98,3 +98,29 @@ def test_schedule_free(tmp_path, make, by):
     assert set(ScheduleFree.modes) == {False}
     assert run.trainer.optimizers[0].param_groups[0]["train_mode"]
     assert run.witness.lrs[-1] == run.witness.lrs[-2]
+
+
+class Uncorrected(torch.optim.RMSprop):
+    """Writes down the rates of its steps; RMSprop by the name of its class."""
+
+    rates = None
+
+    def step(self, closure=None):
+        Uncorrected.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+Uncorrected.__name__ = "RMSprop"
+
+
+def test_a_trial_under_rmsprop_begins_with_steps_as_short_as_the_runs(tmp_path):
+    Uncorrected.rates = []
+    callback, _ = compare(tmp_path, lambda: Any(Uncorrected), {"max_steps": 400})
+    search = next(one for one in callback.decisions if one.kind == "search")
+    first = search.numbers["candidates"][0]
+    tried = [rate / first["lr"] for rate in Uncorrected.rates[: first["steps"]]]
+    # A mean of squares at 1 - .99^t of what it comes to, and a decay; a run of 400 has steps of 1.35 in the mean.
+    bare = [(1.0 - 0.99 ** (t + 1)) ** 0.5 * (1.0 - t / first["horizon_steps"]) for t in range(first["steps"])]
+    assert first["steps"] >= 3
+    assert all(b <= t <= 1.5 * b for t, b in zip(tried, bare, strict=True)), (tried, bare)
+    assert "RMSprop's first steps are up to" in search.reason

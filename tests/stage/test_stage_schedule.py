@@ -46,9 +46,9 @@ class TestShape:
 
 
 class TestTrialShape:
-    @given(st.integers(1, 500), st.floats(0.0, 0.3))
-    def test_is_the_run_on_a_smaller_scale(self, steps, warmup):
-        trial, run = TrialShape(steps, warmup), Shape(warmup, True, 1.0 / steps)
+    @given(st.integers(1, 500))
+    def test_is_the_run_on_a_smaller_scale(self, steps):
+        trial, run = TrialShape(steps), Shape(0.0, True, 1.0 / steps)
         assert [trial(step) for step in range(steps)] == [run(step / steps) for step in range(steps)]
 
     def test_annealed_to_zero_across_the_whole_trial(self):
@@ -56,6 +56,10 @@ class TestTrialShape:
 
     def test_constant_as_published(self):
         assert [TrialShape(4, constant=True)(step) for step in range(4)] == [1.0] * 4
+
+    def test_each_step_may_have_a_share_of_its_own(self):
+        assert [TrialShape(2, shares=(0.1, 0.5))(step) for step in range(2)] == pytest.approx([0.1, 0.25])
+        assert [TrialShape(2, constant=True, shares=(0.1, 0.5))(step) for step in range(2)] == [0.1, 0.5]
 
 
 class TestBudget:
