@@ -10,8 +10,9 @@ when the decay begins, which no feedback disturbs. Most of what it gains over a 
 feedback gains too; the feedback pays where the search points far too low.
 
 Where the loss has not come down from the run's first losses by more than the noise explains in a fifth of the run, the
-trials have told little and there is nothing to lose: on such a plateau one window that is not worse is enough for a
-step up, as far as the highest rate that did a trial no harm, and to a decade above what the search says at most.
+trials have told little and there is nothing to lose: on such a plateau one window that is not worse than those first
+losses is enough for a step up, as far as the highest rate that did a trial no harm, and to a decade above what the
+search says at most. (The best of many windows on level ground is a lucky one: against it most others look worse.)
 
 =============  =============================================================  ===================
 symbol         meaning                                                        unit
@@ -74,7 +75,8 @@ class Climb:
         window: A window's length, in progress.
         factor: Of one step up; a step down is its inverse.
         patience: Windows in a row that it takes for a step, less one.
-        doubt: A window is worse than the best by more than so many standard errors of their difference, or it is not.
+        doubt: A window is worse than the best (on a plateau, than the run's first losses) by more than so many standard
+            errors of their difference, or it is not.
         start: The gain with which a run begins.
         lowest: The gain stays above this.
         highest: The gain stays below this, but on a plateau.
@@ -165,6 +167,8 @@ class Climb:
         if improved:
             state = replace(state, best=loss, best_error=error)
         stuck = self.on_plateau(state, progress)
+        if stuck:
+            worse = not loss <= state.first + self.doubt * math.hypot(error, state.first_error)
         top = max(1.0, min(self.plateau, state.reach)) if stuck else 1.0
         better = improved or (not worse and state.gain < top - 1e-9)
         state = replace(state, due=due, better=state.better + 1 if better else 0, worse=state.worse + 1 if worse else 0)

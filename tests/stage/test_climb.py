@@ -127,6 +127,11 @@ class TestPlateau:
         state = played(climb, [1.0, 1.5, 1.5], self.on_plateau(climb, gain=1.0, reach=1.0))[-1]
         assert state.gain == pytest.approx(1.0 / climb.factor)
 
+    def test_a_lucky_window_makes_none_of_the_others_worse(self):
+        climb = Climb(lasting=0.0)
+        found = gains(played(climb, [0.9, *[1.0] * 12], self.on_plateau(climb, error=0.04), error=0.02))
+        assert all(after > before or after == climb.plateau for before, after in pairwise(found))
+
     def test_where_it_ended_high_the_rate_is_not_brought_back(self):
         climb = Climb(lasting=0.0)
         states = played(climb, [1.0] * 20 + [0.5 / n for n in range(1, 10)], self.on_plateau(climb))
