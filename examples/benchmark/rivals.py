@@ -25,7 +25,7 @@ WARMUP = 0.02
 SHAPES = ("linear", "cosine", "hold")
 #: log10 of the middle of the seven-LR sweep, by workload where it is not the optimizer family's.
 _CENTRES = {"Adam": -2.5, "AdamW": -2.5, "NAdam": -2.5, "RMSprop": -2.5, "Adagrad": -1.5, "SGD": -1.0}
-_SPECIAL = {"finetune": -1.5, "overfit": -2.5, "saturating": 0.0, "gpt_sgd": -0.5}
+_SPECIAL = {"finetune": -1.5, "overfit": -2.5, "saturating": 0.0, "gpt_sgd": -0.5, "vae_sgd": -2.5}
 CHECKS = 40  # validation checks that feedback schedulers get; they count a third of a step a batch
 VALIDATIONS = 30  # of the trainer's own in "autolrs_validated", evenly over the run; these are not counted
 
