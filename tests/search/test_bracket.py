@@ -63,8 +63,48 @@ def test_what_is_usual_decides_between_rates_that_do_equally_well():
         search, state, places = walked(lambda x: 2.0 + 1e-4 * math.sin(9 * x), usual=usual)
         assert places[-1] == pytest.approx(end)
         assert search.recommend(state).log_lr == pytest.approx(math.log(usual), abs=0.4)
-    search, state, _ = walked(lambda x: 2.0, usual=1e-6)
+    search, state, _ = walked(lambda x: 2.0, usual=1e-6, shrink=0.0)
     assert -2.03 * HALF <= search.recommend(state).log_lr - math.log(CENTRE) <= -1.5 * HALF
+
+
+def valley(best):
+    """Losses that tell rates apart sharply."""
+    return lambda x: 2.0 + 0.3 * (x - math.log(best)) ** 2
+
+
+def answered(best, usual, **settings):
+    """Decades by which the answer lies above the best rate of the trials."""
+    search, state, _ = walked(valley(best), usual=usual, **settings)
+    return (search.recommend(state).log_lr - math.log(best)) / math.log(10.0)
+
+
+def test_the_answer_goes_half_of_the_way_back_to_what_is_usual():
+    """However sure the trials are: a whole run's best rate is half a decade off theirs."""
+    sure = answered(1e-2, 3e-3, shrink=0.0)
+    assert sure == pytest.approx(0.0, abs=0.1)
+    assert answered(1e-2, 3e-3) == pytest.approx((sure + math.log10(0.3)) / 2.0, abs=0.01)
+    assert answered(1e-2, 3e-3, shrink=1.0) == pytest.approx(sure - 0.4, abs=0.02)
+    above = answered(1e-2, 3e-2, shrink=0.0)
+    assert answered(1e-2, 3e-2) == pytest.approx((above + math.log10(3.0)) / 2.0, abs=0.01)
+
+
+def test_far_from_what_is_usual_it_goes_four_tenths_of_a_decade():
+    for usual, way in ((1e-5, -0.4), (1.0, 0.4)):
+        assert answered(1e-2, usual) - answered(1e-2, usual, shrink=0.0) == pytest.approx(way, abs=0.01)
+    _, _, places = walked(valley(1e-2))
+    assert places == walked(valley(1e-2), shrink=1.0)[2], "where nothing is usual nothing is known"
+
+
+def test_it_does_not_go_up_to_harm():
+    """Half a decade below what exploded, though what is usual lies far above."""
+    limit = math.log(CENTRE) + 0.9 * HALF
+    sharp = lambda x: None if x > limit else valley(1e-2)(x)  # noqa: E731
+    search, state, _ = walked(sharp, usual=1.0)
+    free, told, _ = walked(sharp, usual=1.0, shrink=0.0)
+    exploded = min(o.log_lr for o in state.outcomes if o.status == "diverged")
+    said, answer = free.recommend(told).log_lr, search.recommend(state).log_lr
+    assert answer == pytest.approx(max(said, exploded - HALF))
+    assert answer < said + 0.4 * math.log(10.0)
 
 
 def test_what_is_usual_is_the_answer_where_no_trial_helps():
@@ -122,7 +162,7 @@ def test_nothing_is_tried_at_or_above_what_exploded():
 
 def test_trials_that_differ_outweigh_what_is_usual():
     clear = lambda x: 2.0 + 0.5 * (x - math.log(CENTRE)) ** 2  # noqa: E731
-    search, state, _ = walked(clear, usual=0.1)
+    search, state, _ = walked(clear, usual=0.1, shrink=0.0)
     free = BracketSearch(CENTRE).recommend(state).log_lr
     assert abs(search.recommend(state).log_lr - free) < 0.15 * math.log(10.0)
 
@@ -148,6 +188,9 @@ def test_stays_inside_the_space():
     state = run(search, Response("flat", math.log(1e-3), 0.0), 0)
     assert all(space.contains(o.log_lr) for o in state.outcomes)
     assert space.contains(search.recommend(state).log_lr)
+    for usual in (1e-5, 10.0):
+        search, state, _ = walked(valley(1e-2), space=space, usual=usual)
+        assert space.contains(search.recommend(state).log_lr)
 
 
 @pytest.mark.parametrize("kind", ["cliff", "flat", "saturating"])
@@ -160,7 +203,7 @@ def test_a_decade_off_is_found_again(kind):
         assert response.regret(answer.log_lr_trial_optimum, 100) <= max(0.5 * before, 0.05)
 
 
-@pytest.mark.parametrize("bad", [{"centre": 0.0}, {"gap": 0.0}, {"usual": 0.0}, {"pull": -0.1}])
+@pytest.mark.parametrize("bad", [{"centre": 0.0}, {"gap": 0.0}, {"usual": 0.0}, {"pull": -0.1}, {"shrink": 1.5}])
 def test_bad_settings(bad):
     with pytest.raises(ConfigurationError, match="BracketSearch"):
         BracketSearch(**{"centre": CENTRE, **bad})
