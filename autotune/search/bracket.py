@@ -20,7 +20,8 @@ nearly as well (``examples/benchmark/FINDINGS.md``).
 What is best for a whole run is half a decade (one standard deviation) off what its trials say, however sharply these
 tell rates apart, and about as far from w. So the answer then goes ``shrink`` of the way back to w, as the mean of two
 such witnesses does (over 34 workloads the slope of that regression is .55), but .4 decades at most: where trials say
-that a problem is unlike others, it is. On the way up it stops at that gap below clear harm.
+that a problem is unlike others, it is. On the way up it stops at that gap below clear harm. Bounds that leave w out say
+that the problem is unlike others too: then it stays where it is.
 
 No trial is made at or above a rate that exploded before.
 
@@ -192,11 +193,14 @@ class BracketSearch(LRSearch):
         unsure = 1.0 + (_LITTLE / max(progress_fraction(state), 1e-4)) ** 2
         decades = (grid - self.usual) / math.log(10.0)
         said = float(grid[int((mean + self.pull * unsure * decades.square()).argmin())])
+        usual = f"what is usual, {math.exp(self.usual):.3g}"
+        reason = f"{math.exp(said):.3g} with the weight of {usual}"
+        if not self.space.contains(self.usual):
+            return said, reason
         way = self.shrink * (self.usual - said)
         way = math.copysign(min(abs(way), _SHRUNK * math.log(10.0)), way)
-        answer = self.space.clip(min(said + way, max(said, self._ceiling(state))))
-        usual = f"what is usual, {math.exp(self.usual):.3g}"
-        return answer, f"{math.exp(said):.3g} with the weight of {usual}, {math.exp(answer):.3g} on the way back to it"
+        answer = min(said + way, max(said, self._ceiling(state)))
+        return answer, f"{reason}, {math.exp(answer):.3g} on the way back to it"
 
 
 def _loss(outcome: Outcome) -> float:

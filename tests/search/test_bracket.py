@@ -95,6 +95,12 @@ def test_far_from_what_is_usual_it_goes_four_tenths_of_a_decade():
     assert places == walked(valley(1e-2), shrink=1.0)[2], "where nothing is usual nothing is known"
 
 
+def test_bounds_that_leave_out_what_is_usual_keep_the_answer_where_it_is():
+    space = LogSpace(1e-6, 2e-2)
+    assert answered(1e-2, 1e-1, space=space) == answered(1e-2, 1e-1, space=space, shrink=0.0)
+    assert answered(1e-2, 1e-3, space=space) < answered(1e-2, 1e-3, space=space, shrink=0.0) - 0.3
+
+
 def test_it_does_not_go_up_to_harm():
     """Half a decade below what exploded, though what is usual lies far above."""
     limit = math.log(CENTRE) + 0.9 * HALF
@@ -188,7 +194,7 @@ def test_stays_inside_the_space():
     state = run(search, Response("flat", math.log(1e-3), 0.0), 0)
     assert all(space.contains(o.log_lr) for o in state.outcomes)
     assert space.contains(search.recommend(state).log_lr)
-    for usual in (1e-5, 10.0):
+    for usual in (5e-3, 5e-2):
         search, state, _ = walked(valley(1e-2), space=space, usual=usual)
         assert space.contains(search.recommend(state).log_lr)
 
