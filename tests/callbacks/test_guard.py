@@ -116,6 +116,7 @@ def test_with_the_rate_coming_down_one_bad_check_is_enough(tmp_path):
         assert evidence[0].startswith("worse: ")
 
 
+@pytest.mark.slow
 def test_without_forecasts_the_checks_are_made_all_the_same(tmp_path):
     said, made = {}, {}
     for forecasts in (True, False):
@@ -180,6 +181,7 @@ def test_where_the_end_is_not_known_a_low_rate_may_still_rise_and_no_check_is_la
     assert not [d for d in callback.decisions for item in d.numbers.get("evidence", []) if item.startswith("worse: ")]
 
 
+@pytest.mark.slow
 def test_a_return_to_the_middle_of_a_stage_is_replayed(tmp_path):
     callback = AutoLRS()
     end, _ = overfit(tmp_path / "a", callback, seed=2)

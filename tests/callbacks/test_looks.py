@@ -97,6 +97,7 @@ class Breaks(Regression):
         return loss * float("nan") if self.trainer.global_step == self.at else loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["look", "end"])
 def test_a_divergence_that_a_probe_finds_is_undone_once(tmp_path, action):
     """The losses since then are still on the device, and mostly no numbers."""
@@ -113,6 +114,7 @@ def test_a_divergence_that_a_probe_finds_is_undone_once(tmp_path, action):
     assert len(back) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_looks_no_closer_than_they_count(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=UPDATES // 2, filename="{step}")
     overfit(tmp_path / "a", controller(), 1, Regression, saver)
@@ -143,6 +145,7 @@ def test_they_are_replayed(tmp_path):
     assert all(map(torch.equal, end, again))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_looks_where_it_would_have(tmp_path):
     """Saved before the update after which the first look is, after that, and about one that sends the run back."""
     callback = controller()
