@@ -34,8 +34,11 @@ class Net(L.LightningModule):
 class Bomb(L.Callback):
     """Blows the weights up once, so that a controller has something to roll back."""
 
+    def __init__(self, at=60):
+        self.at = at
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 60:
+        if trainer.global_step == self.at:
             with torch.no_grad():
                 for parameter in pl_module.parameters():
                     parameter.mul_(100.0)

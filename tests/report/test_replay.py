@@ -90,20 +90,20 @@ class Weights(L.Callback):
         self.before[trainer.global_step] = [p.detach().clone() for p in pl_module.parameters()]
 
 
-@pytest.mark.filterwarnings("ignore:.*this run will make 57")
+@pytest.mark.filterwarnings("ignore:.*this run will make 76")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_replay_can_still_roll_back(tmp_path):
-    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb()])
+    first = train(tmp_path / "a", [AutoLRS(search_budget=0.5), Bomb(80)])
     rollback = next(d for d in read_decisions(first[0].log_dir) if d.action == "roll_back")
-    assert 0 < rollback.numbers["to_step"] < 57 < rollback.step < 120
-    save = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "saved", filename="at57", every_n_train_steps=57)
+    assert 0 < rollback.numbers["to_step"] < 76 < rollback.step < 120
+    save = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "saved", filename="at76", every_n_train_steps=76)
     whole, resumed = Weights(), Weights()
-    callbacks = [ReplaySchedule(first[0].log_dir), whole, Bomb(), save]
-    train(tmp_path / "b", callbacks, max_steps=57, enable_checkpointing=True)
+    callbacks = [ReplaySchedule(first[0].log_dir), whole, Bomb(80), save]
+    train(tmp_path / "b", callbacks, max_steps=76, enable_checkpointing=True)
     callback = ReplaySchedule(first[0].log_dir)
-    checkpoint = torch.load(tmp_path / "saved" / "at57.ckpt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "saved" / "at76.ckpt", weights_only=True)
     assert checkpoint["callbacks"]["ReplaySchedule"]["rates"]
-    trainer, model = train(tmp_path / "c", [callback, resumed, Bomb()], ckpt_path=tmp_path / "saved" / "at57.ckpt")
+    trainer, model = train(tmp_path / "c", [callback, resumed, Bomb(80)], ckpt_path=tmp_path / "saved" / "at76.ckpt")
     back = zip(resumed.before[rollback.step], whole.before[rollback.numbers["to_step"]], strict=True)
     assert all(torch.equal(now, then) for now, then in back)
     assert read_decisions(trainer.log_dir) == callback.decisions
