@@ -107,10 +107,14 @@ def test_probes_cannot_see_it_and_validations_cost_nothing(tmp_path):
     assert 0.0 < max(shares) < 0.5
     cost = sum(d.cost_steps for d in run.callback.decisions if d.kind != "rollback")
     assert cost <= 0.1 * UPDATES
-    blind = Fit(tmp_path / "blind", check_val_every_n_epoch=EPOCHS)
+    # At rates that learn the noise by heart, which the search's own answer here hardly does.
+    high = {"min_lr": 3e-2}
+    seeing = Fit(tmp_path / "seeing", AutoLRS(**high))
+    blind = Fit(tmp_path / "blind", AutoLRS(**high), check_val_every_n_epoch=EPOCHS)
+    assert seeing.judged
     assert not blind.judged
-    ends = [one.trainer.validate(one.module, DataLoader(data()[1], BATCH), verbose=False) for one in (run, blind)]
-    assert ends[0][0]["val_loss"] < ends[1][0]["val_loss"]
+    ends = [one.trainer.validate(one.module, DataLoader(data()[1], BATCH), verbose=False) for one in (seeing, blind)]
+    assert ends[0][0]["val_loss"] < 0.9 * ends[1][0]["val_loss"]
 
 
 @pytest.mark.parametrize(("epochs", "seed"), [(8, 2), (EPOCHS, 0)])

@@ -1,6 +1,7 @@
 """The report in a real browser: headless Chromium, driven by its own chromedriver."""
 
 import json
+import statistics
 import threading
 import time
 
@@ -242,8 +243,8 @@ def test_a_long_run_opens_fast_and_stays_small(tiny, tmp_path):
     assert path.stat().st_size < 10_000_000
     opened = []
     with browser() as driver:
-        # The page's own time on the main thread, in a browser that has started and on the quietest of three tries: what
-        # else the machine is doing, and a browser's first page, are not the page's.
+        # The page's own time on the main thread, in a browser that has started, at the median of three openings: a
+        # browser's first page, and what else the machine is doing for a moment, are not the page's.
         driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
         for address in (small, path, path, path):
             driver.get(address.as_uri())
@@ -258,7 +259,7 @@ def test_a_long_run_opens_fast_and_stays_small(tiny, tmp_path):
         assert driver.execute_script(peak) == 50.0
     print(f"\nsize {path.stat().st_size / 1e6:.2f} MB; s of the main thread, ms until drawn: {opened}")
     assert all(seconds > 0 and wall for seconds, wall in opened)
-    assert min(seconds for seconds, _ in opened[1:]) < 3
+    assert statistics.median(seconds for seconds, _ in opened[1:]) < 3
 
 
 def test_watching_follows_and_keeps_what_the_reader_did(tiny, tmp_path):

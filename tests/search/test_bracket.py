@@ -91,8 +91,7 @@ def test_the_answer_goes_half_of_the_way_back_to_what_is_usual():
 def test_far_from_what_is_usual_it_goes_four_tenths_of_a_decade():
     for usual, way in ((1e-5, -0.4), (1.0, 0.4)):
         assert answered(1e-2, usual) - answered(1e-2, usual, shrink=0.0) == pytest.approx(way, abs=0.01)
-    _, _, places = walked(valley(1e-2))
-    assert places == walked(valley(1e-2), shrink=1.0)[2], "where nothing is usual nothing is known"
+    assert answered(1e-2, None) == answered(1e-2, None, shrink=0.0), "where nothing is usual nothing is known"
 
 
 def test_bounds_that_leave_out_what_is_usual_keep_the_answer_where_it_is():
@@ -194,9 +193,6 @@ def test_stays_inside_the_space():
     state = run(search, Response("flat", math.log(1e-3), 0.0), 0)
     assert all(space.contains(o.log_lr) for o in state.outcomes)
     assert space.contains(search.recommend(state).log_lr)
-    for usual in (5e-3, 5e-2):
-        search, state, _ = walked(valley(1e-2), space=space, usual=usual)
-        assert space.contains(search.recommend(state).log_lr)
 
 
 @pytest.mark.parametrize("kind", ["cliff", "flat", "saturating"])
