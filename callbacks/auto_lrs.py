@@ -34,7 +34,8 @@ class AutoLRS(Callback):
 
     Before the first update it tries rates on the trainer's own model, by short trials whose rate decays to zero, all
     from the same weights on the same batches; a Gaussian process over log rate and trial length proposes the next
-    and says which rate suits the whole run. Then the run trains with a short warm-up, at half a decade below that rate.
+    and says which rate does best, and the answer lies half-way between that and what is usual for the optimizer
+    (:mod:`autotune.search.bracket`). Then the run trains with a short warm-up, at half a decade below that rate.
     For half of its known length the rate rises while the training loss gets better and falls while it gets worse
     (:mod:`autotune.stage.climb`); from there it decays linearly to zero. On a doubling clock the forecast is judged, a
     stage that lost ground is undone, and the rate is searched again when there is a reason. Where the trainer validates

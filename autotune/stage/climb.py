@@ -7,7 +7,9 @@ Below what the trials say it rises unless the loss gets worse, above it only whi
 the noise of both windows does not explain. This is the greedy rule of feedback schedulers, begun where a search points
 instead of at a default, kept between a decade and a half below what the search says and half a decade above, and ended
 when the decay begins, which no feedback disturbs. Most of what it gains over a rate that is held a slow rise without
-feedback gains too; the feedback pays where the search points far too low.
+feedback gains too; the feedback pays where the search points far too low. With answers that go half of the way back to
+what is usual (:mod:`autotune.search.bracket`) it gains nothing in the mean over workloads: what is gained where an
+answer is too low is lost elsewhere.
 
 Where the loss has not come down from the run's first losses by more than the noise explains in a fifth of the run, the
 trials have told little and there is nothing to lose: on such a plateau one window that is not worse than those first
