@@ -116,7 +116,7 @@ def peaks_of(decisions: Sequence[Decision], first: float = math.nan) -> tuple[tu
         if decision.kind == "batch" and found:
             peak = found[-1][1] * _lr_factor(decision)
         elif decision.kind in _PEAK_KINDS:
-            peak = _float(decision.numbers.get("multiplier", decision.numbers.get("lr")), math.nan)
+            peak = _float(decision.numbers.get("lr"), math.nan)
         else:
             continue
         if math.isfinite(peak) and (not found or peak != found[-1][1]):

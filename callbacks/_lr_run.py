@@ -25,6 +25,7 @@ from autotune.callbacks._lr_verdicts import Verdicts
 from autotune.callbacks._run_log import RunLog
 from autotune.callbacks._trainer.facts import inform
 from autotune.callbacks._trainer.horizon import exempt_from_time_limit
+from autotune.callbacks._trainer.peaks import peak_rates
 from autotune.callbacks._trainer.ranks import Agreement
 from autotune.callbacks._trainer.rates import RateDriver
 from autotune.callbacks._trials import Trials
@@ -65,7 +66,8 @@ class LRRun:
         self.log = RunLog.of(trainer)
         self.optimizer = optimizer = trainer.optimizers[0]
         built = {} if saved is None else {"ratios_": saved["ratios"], "reference": saved["reference"]}
-        self.driver = RateDriver(optimizer, scheduled=bool(trainer.lr_scheduler_configs), **built)
+        scheduled = bool(trainer.lr_scheduler_configs)
+        self.driver = RateDriver(optimizer, peak_rates(trainer), scheduled=scheduled, **built)
         self.trials = Trials(
             trainer, module, set_rates=self.driver.trial, ratios=self.driver.ratios, seed=settings.seed
         )
@@ -253,7 +255,9 @@ class LRRun:
             self.begin_stage(progress, None)
 
     def record(self, kind: str, action: str, reason: str, *, numbers: dict[str, Any], cost: float = 0.0) -> Decision:
-        """Writes a decision everywhere."""
+        """Writes a decision everywhere; of a peak under a user's scheduler also the multiplier that it comes to."""
+        if self.driver.scheduled and "lr" in numbers and kind != "finish":
+            numbers = {**numbers, "multiplier": numbers["lr"] / self.driver.reference}
         decision = Decision(kind, action, reason, self.step, numbers=numbers, cost_steps=float(cost))
         self.decisions.append(decision)
         self.log.write(decision)

@@ -32,7 +32,7 @@ class Verdicts:
             paid: Whether it was paid as a forecast's.
         """
         run, before = self._run, self._run.state
-        run.state, verdict, evidence = run.plan.machine.ended(before, probe)
+        run.state, verdict, evidence = run.plan.machine.ended(before, probe, run.driver.level(run.plan.shape(progress)))
         self._judged(before, probe, evidence, cost=0.0 if paid else run.checks.paid)
         if verdict == "roll_back":
             self._roll_back(before, f"the stage ended at {probe.loss:.4g}, worse than the best")

@@ -14,8 +14,8 @@ from autotune.stage.probe import Probe
 
 
 def rate(state: StageState, before: StageState | None = None) -> dict[str, Any]:
-    """The peak (under a user's scheduler the multiplier), and the one before where it has changed."""
-    numbers: dict[str, Any] = {"lr": state.lr, "multiplier": state.lr}
+    """The peak, and the one before where it has changed."""
+    numbers: dict[str, Any] = {"lr": state.lr}
     return numbers if before is None else {**numbers, "previous_lr": before.lr}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from autotune.callbacks._lr_ledger import BestWeights
 from autotune.callbacks._trainer import horizon as horizons
+from autotune.callbacks._trainer.peaks import peak_rates
 from autotune.callbacks._trainer.rates import RateDriver, ScaledSteps, current_rates
 from autotune.decision import Decision
 from autotune.replay import Schedule
@@ -30,7 +31,8 @@ class RatePlayer:
             self._scaled = ScaledSteps(optimizer)
         else:
             ratios = list(schedule.ratios) if len(schedule.ratios) == len(optimizer.param_groups) else None
-            self._driver = RateDriver(optimizer, scheduled=schedule.rates == "peak_lr", ratios_=ratios)
+            scheduled = schedule.rates == "peak_lr"
+            self._driver = RateDriver(optimizer, peak_rates(trainer), scheduled=scheduled, ratios_=ratios)
         self._best = BestWeights(module, optimizer)
         self._begun = False
         self._played = -1  # the last update before which the log was looked at

@@ -114,6 +114,7 @@ class StageMachine:
         nearly_all: ... unless the probe is of this share of the validation set.
         behind: The rate is lowered when a stage, which is longer than the trials were, ends worse than the trial at
             its rate had ended, by this share of that trial's progress: a rate too high for a long run shows so ...
+        warm: ... while the rate is at this share of its peak or above ...
         owed_until: ... in a stage before this one ...
         telling: ... where the trial had taken this share off the loss.
         patience: Rollbacks in a row before the machine keeps what it has.
@@ -135,6 +136,7 @@ class StageMachine:
     worse_late: float = 0.025
     nearly_all: float = 0.9
     behind: float = 0.1
+    warm: float = 0.8
     owed_until: int = 3
     telling: float = 0.05
     patience: int = 3
@@ -204,8 +206,14 @@ class StageMachine:
         """Whether the checks so far call for going back."""
         return self.guard and state.bad >= (1 if state.late else self.bad_checks)
 
-    def ended(self, state: StageState, probe: Probe) -> tuple[StageState, Verdict, tuple[str, ...]]:
-        """A stage's clock has run out, or it was broken off: what now, and on what evidence. Call ``checked`` first."""
+    def ended(self, state: StageState, probe: Probe, level: float = 1.0) -> tuple[StageState, Verdict, tuple[str, ...]]:
+        """A stage's clock has run out, or it was broken off: what now, and on what evidence. Call ``checked`` first.
+
+        Args:
+            state: Before it.
+            probe: Of the present weights.
+            level: Share of its peak at which the rate stands; while a user's schedule is warming up nothing is owed.
+        """
         evidence = self._evidence(state, probe)
         if not math.isfinite(probe.loss) or self.lost(state):
             state, verdict = self.failed(state)
@@ -213,7 +221,7 @@ class StageMachine:
         state = replace(state, strikes=0)
         if probe.loss <= state.promised or state.index >= self.owed_until:
             state = replace(state, promised=math.nan)
-        if self._is_behind(state, probe) and state.lr is not None:
+        if level >= self.warm and self._is_behind(state, probe) and state.lr is not None:
             owed = f"behind: {probe.loss:.4g} after the stage, {state.promised:.4g} after the trial at this rate"
             return replace(state, lr=state.lr * self.lowering), "lower", (owed, *evidence)
         plateau = any(item.startswith("plateau") for item in evidence)

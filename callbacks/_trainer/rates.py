@@ -79,27 +79,37 @@ class RateDriver:
 
     Args:
         optimizer: The trainer's.
+        peaks: Each group's rate as it was built, or where a user's schedule is highest.
         scheduled: Whether the user has a scheduler.
-        ratios_: Each group's rate in units of the first group's; read off the optimizer when None.
-        reference: The first group's rate as the optimizer was built, where the run goes on and a scheduler that keeps
-            no initial rate (``ReduceLROnPlateau``) may have lowered it since; read off the optimizer when None.
+        ratios_: Each group's rate in units of the first group's; those of ``peaks`` when None.
+        reference: The first group's of ``peaks`` as it was when the run began, where it goes on: schedulers may have
+            lowered it since. That of ``peaks`` when None.
 
     Attributes:
-        reference: The same (under a scheduler: its peak).
+        reference: The same.
+
+    Raises:
+        ConfigurationError: The first group's rate is 0 while another's is not, or is a scheduler's, which no
+            multiplier takes anywhere.
     """
 
     def __init__(
         self,
         optimizer: Any,
+        peaks: list[float],
         *,
         scheduled: bool,
         ratios_: list[float] | None = None,
         reference: float | None = None,
     ) -> None:
         self._optimizer = optimizer
-        built = initial_rates(optimizer)
-        self.reference = built[0] if reference is None else reference
-        self.ratios = ratios(built) if ratios_ is None else list(ratios_)
+        self.reference = peaks[0] if reference is None else reference
+        self.ratios = ratios(peaks) if ratios_ is None else list(ratios_)
+        if scheduled and not self.reference > 0.0:
+            raise ConfigurationError(
+                f"the scheduler's learning rate is {self.reference:g} at its highest, and a multiplier on it is what "
+                "is tuned: build the optimizer with a rate above 0, e.g. lr=1e-3 (which one makes no difference)"
+            )
         self._wanted: float | None = None
         self._scaled = ScaledSteps(optimizer) if scheduled else None
         self._handle: Any = None
@@ -113,7 +123,7 @@ class RateDriver:
 
     def level(self, shape: float) -> float:
         """The share of its peak at which the rate stands now: the scheduler's, or ``shape``."""
-        if self._scaled is None or self.reference <= 0.0:
+        if self._scaled is None:
             return shape
         return current_rates(self._optimizer)[0] / self.reference
 

@@ -211,7 +211,7 @@ def setup(**numbers):
 
 def test_a_growth_counts_from_its_effect_not_from_its_decision():
     """Between the two, a stage begins at the rate before; an undone growth gives the rate back."""
-    found = {"lr": 0.5, "multiplier": 0.5}
+    found = {"lr": 0.5}
     decisions = [
         setup(batch_size=32),
         Decision("search", "set_lr", "", 0, numbers=found),
@@ -239,7 +239,7 @@ def test_a_run_whose_end_moved_has_two_plans():
 def test_a_batch_that_grew_keeps_its_factor_and_its_size():
     decisions = [
         setup(batch_size=32),
-        Decision("search", "set_lr", "", 0, numbers={"lr": 0.5, "multiplier": 0.5}),
+        Decision("search", "set_lr", "", 0, numbers={"lr": 0.5}),
         Decision("batch", "grow", "", 3, effective_step=5, numbers={"batch_size": 64, "lr_factor": 2.0}),
         Decision("finish", "end", "", 8),
     ]

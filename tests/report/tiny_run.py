@@ -95,7 +95,7 @@ class TinyRun:
         mean = weights @ ys
         sd = ((weights * (ys - mean[:, None]) ** 2).sum(1)).sqrt() + 0.01
         posterior = {"lr": grid, "mean": mean.tolist(), "sd": sd.tolist(), "acquisition": (mean - sd).tolist()}
-        numbers = {"index": index, "lr": best["lr"], "previous_lr": previous, "multiplier": best["lr"]}
+        numbers = {"index": index, "lr": best["lr"], "previous_lr": previous}
         numbers |= {"horizon_steps": self.horizon, "initial_loss": start, "candidates": candidates}
         numbers |= {"posterior": posterior, "seconds": time.perf_counter() - began}
         reason = f"trial at {best['lr']} ended at {best['loss']:.4f}, lowest of {len(candidates)} & < the start"
