@@ -196,7 +196,7 @@ class BatchRun:
         self._effective = self._send(trainer, split)
         multiplier = self._rates.multiplier * self._gain
         numbers = {**words.changed(split, self._split, self._gain), "lr_multiplier": multiplier, **target.numbers}
-        self._decide(trainer, "batch", "grow", target.reason, numbers, self._effective)
+        self._decide(trainer, "batch", "grow", target.reason(split.examples), numbers, self._effective)
 
     def _send(self, trainer: Any, split: Split) -> int:
         """Moves loader and accumulation towards ``split``; returns the first update that is wholly made of it."""

@@ -59,7 +59,8 @@ class LRPlan:
         self.updates = updates
         known = self.horizon.known
         resolution = 0.0 if math.isnan(updates) else 1.0 / max(updates, 1.0)
-        self.budget = Budget(self._settings.search_budget, max(updates - self.began, 1.0) if known else math.inf)
+        most = updates if known else self.horizon.most
+        self.budget = Budget(self._settings.search_budget, max(most - self.began, 1.0))
         if self._settings.objective == "forecast":
             self.shape = Shape(warmup=0.0, decay=False)
             self.machine = self._published_machine(updates)

@@ -186,7 +186,8 @@ class LRRun:
             exempt_from_time_limit(self.trainer, seconds * steps)
             self.costs.pay(steps, steps, first=True)
             self.plan.set_updates(self.plan.horizon.total / seconds)
-            self._replan(f"an update takes {seconds:.3g} s, so that the run will make about {self.plan.updates:.0f}")
+            reason = f"an update takes {seconds:.3g} s, so that the run will make about {self.plan.updates:.0f}"
+            self._replan(reason, cost=steps)
         self.checks.prepare()
 
     def _search(self, progress: float) -> None:
@@ -274,5 +275,6 @@ class LRRun:
         self.validations.clock_moved(scale)
         self._replan(f"{self.plan.describe()} (its end {was}): the rest is planned anew")
 
-    def _replan(self, reason: str) -> None:
-        self.record("setup", "replan", reason, numbers={**self.plan.numbers(), "shape": self.plan.shape_numbers()})
+    def _replan(self, reason: str, *, cost: float = 0.0) -> None:
+        numbers = {**self.plan.numbers(), "shape": self.plan.shape_numbers()}
+        self.record("setup", "replan", reason, numbers=numbers, cost=cost)

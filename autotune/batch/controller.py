@@ -18,8 +18,9 @@ The published rules jump to what their one measurement asks for, as published.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from autotune.arguments import is_count, is_number
 from autotune.batch.rules import RULES, Rule, Tolerances, Verdict, decay_test, noise_scale_test, published
@@ -87,13 +88,13 @@ class Target:
     Attributes:
         batch: Examples wanted.
         most: Examples at the most, should ``batch`` have to be rounded.
-        reason: In words.
+        reason: In words, given the batch that it comes to once rounded.
         numbers: What the test read.
     """
 
     batch: int
     most: int
-    reason: str
+    reason: Callable[[int], str]
     numbers: dict[str, float]
 
 
@@ -184,7 +185,7 @@ class BatchController:
         if self.rule == "noise_scale" and decay is not None:
             # After a growth that failed a batch that is rounded up would raise the rate above its peak.
             most = batch if state.undone else min(most, int(self.decay_growth * decay.base))
-        return Target(batch, most, self._reason(state, verdict, batch, decay), verdict.numbers)
+        return Target(batch, most, partial(self._reason, state, verdict, decay), verdict.numbers)
 
     def _verdict(self, state: BatchState, estimate: NoiseEstimate, decay: Decay | None) -> Verdict:
         if decay is None:
@@ -196,8 +197,8 @@ class BatchController:
         wanted = verdict.wanted // decay.base * decay.base
         return replace(verdict, wanted=wanted, passes=not wanted > state.batch)
 
-    def _reason(self, state: BatchState, verdict: Verdict, batch: int, decay: Decay | None) -> str:
-        capped = ", the most allowed" if batch == state.ceiling else ""
+    def _reason(self, state: BatchState, verdict: Verdict, decay: Decay | None, batch: int) -> str:
+        capped = ", the most allowed" if batch >= state.ceiling else ""
         if self.rule == "noise_scale" and decay is not None:
             kept = "the rate as scheduled, because higher ones were not borne"
             return (

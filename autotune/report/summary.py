@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from autotune._schedule_log import peaks_of
 from autotune.decision import Decision
 from autotune.report.reading import Run
 from autotune.report.tracks import forecasts, losses
@@ -27,7 +28,7 @@ class Summary:
         seconds: Wall time of the fit; ``search_seconds`` of it in searches.
         budget: ``search_budget`` as configured, a share of ``planned``: the updates the run was planned with, which
             are more than it makes where the batch grows.
-        final_lr: The last learning rate on record.
+        final_lr: The last peak on record, growths of the batch counted.
         final_loss: The last monitored or validation loss on record.
     """
 
@@ -127,8 +128,8 @@ def _from_finish(finish: Decision | None, key: str) -> float | None:
 
 
 def _last_lr(run: Run) -> float | None:
-    found = [value for d in run.decisions if d.kind != "finish" and (value := number(d, "lr")) is not None]
-    return found[-1] if found else None
+    found = peaks_of(run.decisions)
+    return found[-1][1] if found else None
 
 
 def _last_loss(run: Run, finish: Decision | None) -> float | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from autotune._schedule_log import batches_of
+from autotune._schedule_log import batches_of, peaks_of
 from autotune.decision import Decision
 from autotune.report.metrics import Series
 from autotune.report.reading import Run
@@ -70,7 +71,7 @@ def learning_rate(run: Run) -> Series | None:
     monitored = [series for name, series in sorted(run.metrics.items()) if name.startswith("lr-")]
     if monitored:
         return monitored[0]
-    return _held(run, "lr", kinds=("search", "rollback", "plateau", "setback", "climb", "finish"))
+    return _held(run, peaks_of(run.decisions))
 
 
 def batch_size(run: Run) -> Series | None:
@@ -141,13 +142,12 @@ def _batch_knots(run: Run) -> list[tuple[float, float]]:
     return [(float(start), float(size)) for start, size in batches_of(run.decisions)]
 
 
-def _held(run: Run, key: str, kinds: tuple[str, ...]) -> Series | None:
+def _held(run: Run, knots: Sequence[tuple[int, float]]) -> Series | None:
+    """A step function of (start, value); what the run ended at is its last point."""
+    ended = [(d.step, value) for d in run.decisions if d.kind == "finish" and (value := number(d, "lr")) is not None]
     points: list[tuple[float, float]] = []
-    for decision in run.decisions:
-        value = number(decision, key)
-        if decision.kind not in kinds or value is None:
-            continue
-        at = float(decision.effective_step)
+    for start, value in (*knots, *ended[-1:]):
+        at = float(start)
         if points and at > points[-1][0]:
             points.append((np.nextafter(at, -1.0), points[-1][1]))
         points.append((at, value))

@@ -24,12 +24,14 @@ class Horizon:
         updates: The optimizer updates this comes to; for an unknown end an assumption that only sizes the
             first search, for a time limit unknown (NaN) until a step has been timed.
         reason: Why the end is not known; empty where it is.
+        most: Updates that a run whose end is not known can make; infinite where nothing limits them.
     """
 
     unit: str
     total: float
     updates: float
     reason: str = ""
+    most: float = math.inf
 
     @property
     def known(self) -> bool:
@@ -74,7 +76,7 @@ def plan(trainer: Any) -> Horizon:
     seconds = _time_limit(trainer)
     assumed = updates if math.isfinite(updates) else max(1000.0, 10 * per_epoch) if math.isfinite(per_epoch) else 1000.0
     if trainer.early_stopping_callbacks:
-        return Horizon("none", math.inf, assumed, "EarlyStopping may end the run at any time")
+        return Horizon("none", math.inf, assumed, "EarlyStopping may end the run at any time", most=updates)
     if seconds is not None and math.isinf(updates):
         return Horizon("seconds", seconds, math.nan)
     if math.isinf(updates):

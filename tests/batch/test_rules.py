@@ -178,7 +178,7 @@ def test_after_two_growths_that_failed_the_rate_stays_as_scheduled_where_it_may(
         target = controller.step(state, record_of(gradients()), estimate(1e4), 9, decay)
         assert target is not None
         assert controller.leaves_rate(state) == (state.undone == 2)
-        assert ("the rate as scheduled" in target.reason) == (state.undone == 2)
+        assert ("the rate as scheduled" in target.reason(target.batch)) == (state.undone == 2)
         grown = controller.grown(state, target.batch, 9)
         state = controller.undone(grown, 32, 9, decay, may_leave_rate=True)
         assert state.ceiling == ceiling
@@ -193,7 +193,7 @@ def test_published_rules_jump_and_stop_at_the_ceiling():
     target = controller.step(controller.init(20, 64), record_of(gradients()), estimate(0.0), 0)
     assert target is not None
     assert target.batch == 64
-    assert "most allowed" in target.reason
+    assert "most allowed" in target.reason(target.batch)
 
 
 def test_an_undone_growth_is_remembered():

@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import lightning as L
@@ -205,6 +206,7 @@ def test_the_default_rule_grows_a_noisy_run(tmp_path):
     assert callback.batch_size > 64
     grown = [d.numbers["batch"] for d in callback.decisions if d.action == "grow"]
     assert grown == sorted(grown)
+    assert grown == [int(re.search(r"grow to (\d+)", d.reason)[1]) for d in callback.decisions if d.action == "grow"]
     assert read_decisions(tmp_path) == callback.decisions
 
 

@@ -1,3 +1,5 @@
+import re
+
 import lightning as L
 import pytest
 import torch
@@ -75,6 +77,7 @@ def test_one_story(tmp_path, first):
         assert sorted(model.seen[1200 * epoch : 1200 * epoch + 1200]) == list(range(1200))
     grown = [d for d in batch.decisions if d.action == "grow"]
     for decision in grown:
+        assert re.search(rf"grow to {decision.numbers['batch']}\b", decision.reason), "rounded to the loader's"
         step = decision.effective_step
         last = len(model.seen) % 1200 == 0 and sum(model.sizes[: step + 1]) % 1200 == 0
         assert last or model.sizes[step] == decision.numbers["batch"] > model.sizes[step - 1]

@@ -229,4 +229,8 @@ def test_a_run_that_ends_by_the_clock_walks_from_what_is_usual(tmp_path, optimiz
     first = searches(callback)[0]
     assert first.action == "set_lr"
     assert "usual" in first.reason
-    assert callback.decisions[-1].kind == "finish"
+    finish = callback.decisions[-1]
+    assert finish.kind == "finish"
+    # The steps that timed an update are somebody's too.
+    paid = [d.cost_steps for d in callback.decisions[:-1] if d.kind != "rollback"]
+    assert finish.numbers["cost_steps"] == pytest.approx(sum(paid))

@@ -171,6 +171,17 @@ def test_the_summary_adds_up(tiny):
     assert len(rows(summary)) == 10
 
 
+def test_the_last_peak_counts_growths_of_the_batch(tmp_path):
+    numbers = {"batch": 64, "lr_gain": 1.5}
+    grown = line(kind="batch", action="grow", step=6, effective_step=8, numbers=numbers)
+    lines = [line(numbers={"lr": 0.2}), grown, line(kind="finish", action="end", step=10, numbers={"lr": 0.01})]
+    run = read_run(log(tmp_path, *lines))
+    assert summarise(run).final_lr == pytest.approx(0.3)
+    rate = learning_rate(run)
+    assert np.interp([4.0, 7.9, 8.1, 9.9], rate.steps, rate.values) == pytest.approx([0.2, 0.2, 0.3, 0.3], rel=1e-3)
+    assert rate.values[-1] == 0.01
+
+
 def test_a_run_that_was_made_longer_is_as_long_as_it_is_now(tmp_path):
     def end(step):
         return line(kind="finish", action="end", step=step, numbers={"real_steps": step, "seconds": step})
