@@ -58,14 +58,16 @@ class AutoLRS(Callback):
         monitor: A name that ``validation_step`` logs; None finds the validation loss.
         mode: Whether the monitored value is to be made small (``"min"``) or large (``"max"``).
         seed: Chooses trial and probe batches; the run's own randomness is never touched.
-        proposals: ``"bayesian"``; or ``"grid"`` for about as many trials on a fixed log grid, for comparison.
+        proposals: ``"bayesian"``; or ``"grid"`` for about as many trials of the first search on a fixed log grid, for
+            comparison.
         stop_early: Whether hopeless trials are stopped before their end.
         climb: Whether a held rate begins below what the search says, and rises while the training loss improves.
-        forecasts: Whether the loss at a stage's end is predicted: a prediction that is missed asks for a search, and a
-            training loss that leaves its interval ends the stage.
+        forecasts: Whether the loss at a stage's end is predicted: one above its interval asks for a search, and a
+            training loss above its own ends the stage.
 
     Raises:
-        ConfigurationError: At construction, for an argument that cannot be served.
+        ConfigurationError: At construction, for an argument that cannot be served; when a fit starts, for rates of 0
+            that leave nothing to keep ratios to or to multiply.
         UnsupportedSetupError: When a fit starts, for a setup that cannot be served.
         MonitorError: For a ``monitor`` that validation does not log before the first update, or no longer logs.
     """

@@ -35,7 +35,7 @@ class AdaGradNorm(Optimizer):
 
     Args:
         params: Parameters or groups.
-        lr: ``eta``, above 0.
+        lr: ``eta``, 0 or more.
         initial_accumulator: ``b_0``, in units of the gradient, 0 or more.
         eps: Added to ``b_t``.
         weight_decay: Decoupled: multiplies parameters by ``1 - lr * weight_decay``.

@@ -60,7 +60,8 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="example: autotune report lightning_logs/version_3 --open",
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help=_RUN_HELP + "; several are compared")
-    report.add_argument("-o", "--output", type=Path, help="the file to write (default: report.html in the run)")
+    where = "default: report.html in the run, of several comparison.html here"
+    report.add_argument("-o", "--output", type=Path, help=f"the file to write ({where})")
     report.add_argument("--open", action="store_true", help="open it in the browser")
     report.set_defaults(command=_report)
 
@@ -136,8 +137,8 @@ def _watch(arguments: argparse.Namespace) -> int:
 def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     explain = commands.add_parser(
         "explain",
-        help="tell a run's story in the terminal, one line a decision",
-        description="Tells a run's story in the terminal, one line a decision, and what it cost.",
+        help="tell a run's story in the terminal, decision by decision",
+        description="Tells a run's story in the terminal, decision by decision, and what it cost.",
         epilog="example: autotune explain lightning_logs/version_3 --kind search --kind rollback",
     )
     explain.add_argument("run", metavar="RUN", help=_RUN_HELP)
@@ -159,7 +160,8 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     replay = commands.add_parser(
         "replay",
         help="export the schedule that a run found",
-        description="Writes the learning rate and batch of every update of a run as CSV or JSON. To train with it, "
+        description="Writes the learning rate (the peak of your own scheduler, a multiplier where only the batch was "
+        "controlled) and batch of every update of a run as CSV or JSON. To train with it, "
         "use autotune.callbacks.ReplaySchedule(path) or autotune.replay.load_schedule(path).lambda_lr(optimizer).",
         epilog="example: autotune replay lightning_logs/version_3 -o schedule.csv",
     )
