@@ -264,10 +264,27 @@ def authors(context: int = 64, grams: int = 4096, train: int = 8000) -> tuple[Te
     return TensorBatches(x[:cut_at], y[:cut_at]), TensorBatches(x[cut_at:], y[cut_at:])
 
 
+@functools.cache
+def unscaled(name: str) -> tuple[TensorBatches, TensorBatches]:
+    """Data as they come: Friedman's regressions (targets from 0 to 30, or to 1700), digits of 0 to 255."""
+    from sklearn.datasets import load_digits, make_friedman1, make_friedman2
+
+    if name == "digits":
+        found = load_digits()
+        order = np.random.default_rng(0).permutation(len(found.target))
+        return _pair(found.data[order] * 255.0 / 16.0, found.target[order], 1297)
+    if name == "friedman1":
+        x, y = make_friedman1(3000, noise=1.0, random_state=0)
+    else:
+        x, y = make_friedman2(3000, noise=50.0, random_state=0)
+        x = (x - x[:2000].mean(0)) / x[:2000].std(0)
+    return _pair(x, y.astype(np.float32)[:, None], 2000)
+
+
 SOURCES = {
     source.__name__: source
     for source in (
         *(stdlib_bytes, mnist1d, digits, friedman, parity, pixels, ratings),
-        *(cancer, diabetes, heavy_tails, noisy_digits, sorting, adding, authors),
+        *(cancer, diabetes, heavy_tails, noisy_digits, sorting, adding, authors, unscaled),
     )
 }

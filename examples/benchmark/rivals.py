@@ -25,7 +25,12 @@ WARMUP = 0.02
 SHAPES = ("linear", "cosine", "hold")
 #: log10 of the middle of the seven-LR sweep, by workload where it is not the optimizer family's.
 _CENTRES = {"Adam": -2.5, "AdamW": -2.5, "NAdam": -2.5, "RMSprop": -2.5, "Adagrad": -1.5, "SGD": -1.0}
-_SPECIAL = {"finetune": -1.5, "overfit": -2.5, "saturating": 0.0, "gpt_sgd": -0.5, "vae_sgd": -2.5}
+_SPECIAL = {
+    **{"finetune": -1.5, "overfit": -2.5, "saturating": 0.0, "gpt_sgd": -0.5, "vae_sgd": -2.5},
+    **{"large_targets_adam": -1.5, "large_targets_sgd": -4.5, "raw_targets_adamw": -1.5, "raw_targets_sgd": -2.5},
+    **{"bytes_adam": -3.5, "bytes_sgd": -3.5, "summed_mlp_sgd": -4.0, "summed_conv_sgd": -3.0, "summed_gpt_sgd": -3.0},
+    "faint_sgd": 1.0,
+}
 CHECKS = 40  # validation checks that feedback schedulers get; they count a third of a step a batch
 VALIDATIONS = 30  # of the trainer's own in "autolrs_validated", evenly over the run; these are not counted
 

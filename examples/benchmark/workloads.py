@@ -45,12 +45,24 @@ def elbo(output: Tensor, target: Tensor) -> Tensor:
     return (read + told) / len(target)
 
 
+def summed(output: Tensor, target: Tensor) -> Tensor:
+    """:func:`cross_entropy`, summed over the batch and its positions."""
+    return F.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="sum")
+
+
+def faint(output: Tensor, target: Tensor) -> Tensor:
+    """A thousandth of :func:`cross_entropy`, as a part of a loss of many terms may be weighted."""
+    return 1e-3 * cross_entropy(output, target)
+
+
 LOSSES = {
     "cross_entropy": cross_entropy,
     "mse": F.mse_loss,
     "brier": brier,
     "smooth_l1": F.smooth_l1_loss,
     "elbo": elbo,
+    "summed": summed,
+    "faint": faint,
 }
 
 
