@@ -43,9 +43,10 @@ class AutoLRS(Callback):
     as many as the search leaves over (:mod:`autotune.stage.validations`). Trials leave no trace, and all they cost is
     inside ``search_budget``.
 
-    With a learning-rate scheduler of the user's, what is tuned is a multiplier on it. Under a schedule-free optimizer
-    the rate is held, in trials too, and its average is what trials are judged by. In both cases, and while the run's
-    end is not known, the rate begins where the search says and does not climb.
+    With a learning-rate scheduler of the user's, what is tuned is a multiplier on it: what is searched is the rate at
+    its top, which a copy of it that is stepped ahead shows. Under a schedule-free optimizer the rate is held, in trials
+    too, and its average is what trials are judged by. In both cases, and while the run's end is not known, the rate
+    begins where the search says and does not climb.
 
     Args:
         min_lr: Lowest rate to consider for the optimizer's first group; None for 1e-6.
