@@ -15,7 +15,10 @@ MODULES = (
     "data", "models", "workloads", "suite", "results", "rivals", "report", "run", "growth_runs", "growth_table"
 )  # fmt: skip
 REPORTING = [30, 31, 32, 33, 34, 40, 41]
-GROUPS = [("runs-cpu.csv", "suite"), ("runs-seen-cpu.csv", "seen"), ("runs-held-out-cpu.csv", "held-out")]
+GROUPS = [
+    *[("runs-cpu.csv", "suite"), ("runs-seen-cpu.csv", "seen"), ("runs-held-out-cpu.csv", "held-out")],
+    ("runs-unscaled-cpu.csv", "unscaled"),
+]
 GROWTH_SEEDS = [10, 11, 12, 13, 14]
 TABLE = (ROOT / "README.md").read_text(encoding="utf-8").split("**The benchmark's eighteen workloads**")[1]
 
@@ -96,7 +99,12 @@ def test_the_readme_counts_the_pairs_of_validated_runs(benchmark, committed):
 
 
 @pytest.mark.parametrize(
-    ("group", "begins"), [("held-out", "**Eight workloads on which"), ("seen", "**Twenty-eight that were")]
+    ("group", "begins"),
+    [
+        ("held-out", "**Eight workloads on which"),
+        ("seen", "**Twenty-eight that were"),
+        ("unscaled", "**Ten in units of their own"),
+    ],
 )
 def test_the_readme_says_what_the_lines_outside_the_suite_say(benchmark, group, begins):
     report, workloads = benchmark["report"], benchmark["suite"].SETS[group]
