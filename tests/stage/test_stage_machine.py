@@ -279,6 +279,13 @@ class TestPromise:
         machine = StageMachine()
         assert machine.ended(replace(self.owing(machine), index=3), probe(0.9))[1] != "lower"
 
+    def test_nothing_is_owed_while_the_rate_is_warming_up(self):
+        machine = StageMachine()
+        state, verdict, _ = machine.ended(self.owing(machine), probe(0.6), 0.5)
+        assert verdict == "train"
+        assert state.promised == 0.5
+        assert machine.ended(state, probe(0.6), 0.9)[1] == "lower"
+
     def test_a_trial_that_hardly_moved_promises_nothing(self):
         machine = StageMachine()
         assert machine.ended(self.owing(machine, promised=0.97), probe(0.999))[1] != "lower"
