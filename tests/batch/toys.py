@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from autotune.callbacks.adaptive_batch_size import AdaptiveBatchSize
+
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -72,3 +74,20 @@ def assert_once_an_epoch(model, examples=100, missing=0):
         counts = sum((weights > 0).int() for weights in chosen)
         assert counts.max() == 1
         assert int(counts.sum()) >= examples - missing
+
+
+def fit(tmp_path, callback=None, model=None, train=None, val=None, extra=(), ckpt_path=None, **kwargs):
+    """Trains with growth, by default under a norm rule that always asks for four times the batch here.
+
+    Returns:
+        Trainer, module and callback.
+    """
+    callback = callback or AdaptiveBatchSize(max_batch_size=16, rule="norm", every_n_steps=3)
+    model = model or Weighing()
+    options = {**QUIET, "max_epochs": 3, "default_root_dir": tmp_path, "num_sanity_val_steps": 0, **kwargs}
+    trainer = L.Trainer(callbacks=[callback, *extra], **options)
+    L.seed_everything(1, verbose=False)
+    val = validation() if val is None else val
+    resume = {} if ckpt_path is None else {"ckpt_path": ckpt_path, "weights_only": True}
+    trainer.fit(model, loader() if train is None else train, val or None, **resume)
+    return trainer, model, callback

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import random
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +357,24 @@ def controller(**kwargs: Any) -> AutoLRS:
 def searches(callback: AutoLRS) -> list[Any]:
     """The searches that tried candidates."""
     return [one for one in callback.decisions if one.kind == "search" and one.action != "skip"]
+
+
+def fit(
+    folder: Path,
+    module: Any = None,
+    train: Any = None,
+    val: Any = True,
+    callback: AutoLRS | None = None,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> tuple[AutoLRS, L.Trainer, Witness]:
+    """Trains and returns controller, trainer and witness; the weights must come out finite."""
+    L.seed_everything(3, verbose=False)
+    callback = callback or controller(min_lr=1e-4, max_lr=3e-2)
+    module, witness = Tiny() if module is None else module, Witness()
+    witness.observe(getattr(module, "_orig_mod", module))
+    validation = val_loader() if val is True else val or None
+    runner = trainer(folder, callback, *callbacks, witness, **{"max_steps": 60, **settings})
+    runner.fit(module, loader(batch=8) if train is None else train, validation)
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    return callback, runner, witness

@@ -1,38 +1,21 @@
-"""What a run may bring along: odd losses, odd data, other callbacks, short runs, interruptions."""
+"""What a model may bring along: odd losses, odd modules, hooks that write, runs of a few steps."""
 
 import math
 import os
-from collections import UserDict
-from dataclasses import dataclass
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from autotune.callbacks import AdaptiveBatchSize, AutoLRS, _trials
 from autotune.decision import read_decisions
 from autotune.errors import StateError
-from tests.callbacks.harness import Tiny, Witness, controller, examples, loader, searches, trainer, val_loader
+from tests.callbacks.harness import Tiny, controller, fit, loader, searches, trainer, val_loader
 
 pytestmark = pytest.mark.usefixtures("several_searches")
-
-
-def fit(folder, module=None, train=None, val=True, callback=None, callbacks=(), **settings):
-    """Trains and returns controller, trainer and witness; the weights must come out finite."""
-    L.seed_everything(3, verbose=False)
-    callback = callback or controller(min_lr=1e-4, max_lr=3e-2)
-    module, witness = Tiny() if module is None else module, Witness()
-    witness.observe(getattr(module, "_orig_mod", module))
-    validation = val_loader() if val is True else val or None
-    runner = trainer(folder, callback, *callbacks, witness, **{"max_steps": 60, **settings})
-    runner.fit(module, loader(batch=8) if train is None else train, validation)
-    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
-    return callback, runner, witness
 
 
 class TestLosses:
@@ -172,194 +155,6 @@ class TestModules:
         assert module.replay == [0.0] * length
 
 
-class Stream(IterableDataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __iter__(self):
-        return iter([self.data[index] for index in range(len(self.data))])
-
-
-class SizedStream(Stream):
-    def __len__(self):
-        return len(self.data)
-
-
-class TestData:
-    @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
-    @pytest.mark.parametrize("kind", [Stream, SizedStream])
-    @pytest.mark.parametrize("bound", [{"max_steps": 60}, {"max_epochs": 2, "max_steps": -1}])
-    def test_iterable(self, tmp_path, kind, bound):
-        train = DataLoader(kind(examples(240)), 8)
-        callback, runner, witness = fit(tmp_path, train=train, **bound)
-        assert runner.global_step == 60
-        assert len(witness.batches) == 60
-        assert searches(callback)
-
-    def test_overfit_batches(self, tmp_path):
-        callback, runner, _ = fit(tmp_path, train=loader(batch=8, shuffle=False), overfit_batches=3)
-        assert runner.global_step == 60
-        assert searches(callback)
-
-    def test_fast_dev_run(self, tmp_path):
-        callback, runner, _ = fit(tmp_path, fast_dev_run=True)
-        assert runner.global_step == 1
-        assert not searches(callback)
-        assert not (tmp_path / "decisions.jsonl").exists()
-
-    @pytest.mark.parametrize("limit", [5, 0.5])
-    def test_limit_train_batches(self, tmp_path, limit):
-        callback, runner, witness = fit(tmp_path, limit_train_batches=limit, max_epochs=4, max_steps=-1)
-        assert runner.global_step == len(witness.batches) == 4 * (5 if limit == 5 else 15)
-        assert callback.decisions[0].numbers["horizon"]["updates"] == runner.global_step
-
-    def test_smaller_than_a_trial(self, tmp_path):
-        callback, _, _ = fit(tmp_path, train=loader(12, batch=8), max_steps=120)
-        longest = max(leg[1] for one in searches(callback) for leg in one.numbers["legs"])
-        assert longest > 2
-
-    @pytest.mark.parametrize("val", [False, True])
-    def test_without_validation(self, tmp_path, val):
-        settings = {} if not val else {"limit_val_batches": 0}
-        callback, _, _ = fit(tmp_path, val=val, **settings)
-        assert searches(callback)
-
-    @pytest.mark.parametrize("monitor", [None, "val_loss/dataloader_idx_1"])
-    def test_several_validation_loaders(self, tmp_path, monitor):
-        callback = controller(min_lr=1e-4, max_lr=3e-2, monitor=monitor)
-        fit(tmp_path, val=[val_loader(), val_loader(24)], callback=callback)
-        used, why = searches(callback)[0].numbers["monitor"]
-        assert used == monitor
-        assert why == "as asked" if monitor else "val_loss/dataloader_idx_0, val_loss/dataloader_idx_1" in why
-
-    @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
-    def test_dictionary_of_training_loaders(self, tmp_path):
-        class Both(Tiny):
-            def training_step(self, batch, batch_idx):
-                return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
-
-        train = {"a": loader(batch=8), "b": loader(120, batch=4)}
-        callback, runner, _ = fit(tmp_path, Both(), train=train)
-        assert searches(callback)
-        assert runner.global_step == 60
-
-    def test_datamodule(self, tmp_path):
-        class Data(L.LightningDataModule):
-            def train_dataloader(self):
-                return loader(batch=8)
-
-            def val_dataloader(self):
-                return val_loader()
-
-        callback = controller()
-        trainer(tmp_path, callback, max_steps=60).fit(Tiny(), datamodule=Data())
-        assert searches(callback)
-
-    def test_own_batch_sampler(self, tmp_path):
-        train = DataLoader(examples(240), batch_sampler=[list(range(n, n + 8)) for n in range(0, 240, 8)])
-        assert searches(fit(tmp_path, train=train)[0])
-
-
-@dataclass
-class Pair:
-    """A batch as some collate functions make it: no tree of tensors to torch."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-
-
-class Unpacks(Tiny):
-    def training_step(self, batch, batch_idx):
-        return super().training_step(_unpacked(batch), batch_idx)
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        super().validation_step(_unpacked(batch), batch_idx)
-
-
-def _unpacked(batch):
-    return (batch.x, batch.y) if isinstance(batch, Pair) else (batch["x"], batch["y"])
-
-
-KINDS = {"data class": lambda x, y: Pair(x, y), "mapping": lambda x, y: UserDict(x=x, y=y)}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_batches_that_are_objects_cost_what_others_do(tmp_path, kind):
-    def collate(rows):
-        return KINDS[kind](*default_collate(rows))
-
-    costs = []
-    for folder, module, options in (("tuples", Tiny(), {}), ("objects", Unpacks(), {"collate_fn": collate})):
-        validation = DataLoader(examples(320, seed=1), 16, **options)
-        callback, *_ = fit(tmp_path / folder, module, loader(batch=8, **options), validation)
-        costs.append([(one.kind, one.cost_steps) for one in callback.decisions])
-    assert costs[0] == costs[1]
-
-
-class Remembers(Dataset):
-    """Examples with noise of the data set's own generator: whoever draws from it shows in what others get."""
-
-    def __init__(self):
-        self.rows, self.rng = examples(48, seed=1), np.random.default_rng(5)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        x, y = self.rows[index]
-        return x + 0.1 * float(self.rng.standard_normal()), y
-
-
-class Shown(Callback):
-    """What the trainer's own validations were given."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        self.seen.append(batch[0].clone())
-
-
-@pytest.mark.parametrize("sanity", [0, 2])
-def test_validation_data_with_a_generator_of_its_own(tmp_path, sanity):
-    seen = []
-    for callbacks in ([], [controller(min_lr=1e-4, max_lr=3e-2)]):
-        shown = Shown()
-        runner = trainer(tmp_path, *callbacks, shown, max_epochs=2, num_sanity_val_steps=sanity)
-        runner.fit(Tiny(), loader(batch=8), DataLoader(Remembers(), 16))
-        seen.append(shown.seen)
-    assert len(seen[0]) == 6 + sanity
-    assert all(map(torch.equal, *seen))
-
-
-def test_a_data_module_with_a_large_store_is_not_copied(tmp_path):
-    class Untouched(list):
-        def __iter__(self):
-            raise AssertionError("somebody walks through the data")
-
-    class Data(L.LightningDataModule):
-        def __init__(self):
-            super().__init__()
-            self.samples, self.epochs = Untouched([0] * 100_000), [0]
-
-        def train_dataloader(self):
-            return loader(batch=8)
-
-        def val_dataloader(self):
-            return val_loader()
-
-    class Counts(Tiny):
-        def training_step(self, batch, batch_idx):
-            self.trainer.datamodule.epochs[0] += 1
-            return super().training_step(batch, batch_idx)
-
-    data = Data()
-    callback = controller()
-    trainer(tmp_path, callback, max_steps=60).fit(Counts(), datamodule=data)
-    assert callback.trial_steps
-    assert data.epochs == [60]
-
-
 class Writes(Tiny):
     """Validation hooks that use what a trainer has: its log's directory, and the loaders."""
 
@@ -475,121 +270,6 @@ def test_a_rate_that_is_written_after_the_step_is_not_taken_for_ours(tmp_path):
     callback, _, witness = fit(tmp_path, WritesAfterwards())
     assert callback.lr == witness.lrs[-1][0]
     assert not [lrs for lrs in witness.lrs if 0.5 in lrs]
-
-
-class Stopwatch(Callback):
-    """No timer of Lightning's, for all its attribute."""
-
-    def time_elapsed(self):
-        return 1.0
-
-
-class TestBeside:
-    def test_a_callback_that_measures_time(self, tmp_path):
-        assert searches(fit(tmp_path, callbacks=[Stopwatch()])[0])
-
-    def test_early_stopping(self, tmp_path):
-        stopper = EarlyStopping("val_loss", patience=2)
-        callback, _, _ = fit(tmp_path, callbacks=[stopper], max_epochs=6, max_steps=-1)
-        assert "EarlyStopping may end" in callback.decisions[0].reason
-        assert callback.decisions[-1].kind == "finish"
-
-    def test_checkpoints_never_see_a_trial(self, tmp_path):
-        class Record(Callback):
-            def __init__(self):
-                self.weights = {}
-
-            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-                self.weights[trainer.global_step] = {k: v.clone() for k, v in pl_module.state_dict().items()}
-
-        record = Record()
-        saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
-        callback, runner, witness = fit(tmp_path, callbacks=[record, saver], enable_checkpointing=True)
-        assert len(searches(callback)) >= 2
-        assert witness.steps > 60
-        files = sorted((tmp_path / "saved").iterdir())
-        assert len(files) == 60
-        for file in files:
-            content = torch.load(file, weights_only=True)
-            step = content["global_step"]
-            assert file.name == f"step={step}.ckpt"
-            for name, value in record.weights[step].items():
-                assert torch.equal(content["state_dict"][name], value)
-        assert saver.best_model_path
-        assert runner.checkpoint_callback is saver
-
-    def test_best_checkpoint_by_our_own_scalar(self, tmp_path):
-        saver = ModelCheckpoint(tmp_path / "saved", monitor="autotune/lr", save_top_k=1, every_n_train_steps=10)
-        fit(tmp_path, callbacks=[saver], enable_checkpointing=True)
-        assert saver.best_model_score is not None
-
-    def test_max_time(self, tmp_path):
-        callback, _, _ = fit(tmp_path, max_steps=-1, max_epochs=-1, max_time={"seconds": 2})
-        assert callback.decisions[0].numbers["horizon"]["unit"] == "seconds"
-        assert callback.decisions[-1].kind == "finish"
-        assert callback.lr < 0.2 * max(one.numbers["lr"] for one in callback.decisions if one.kind == "search")
-
-    def test_manual_calls_of_validate_and_test(self, tmp_path):
-        callback, runner, _ = fit(tmp_path)
-        module = Tiny()
-        assert "val_loss" in runner.validate(module, val_loader(), verbose=False)[0]
-        assert callback.decisions
-
-
-class TestInterruptions:
-    """Stopped inside a trial, the module has the training weights, and the trainer its own parts back."""
-
-    @pytest.mark.parametrize("during", ["first search", "later search"])
-    @pytest.mark.parametrize("failure", [RuntimeError("out of luck"), KeyboardInterrupt()], ids=["error", "interrupt"])
-    def test_inside_a_trial(self, tmp_path, failure, during):
-        class Failing(Tiny):
-            def training_step(self, batch, batch_idx):
-                if witness.steps - len(witness.lrs) == fails_at:
-                    raise failure
-                return super().training_step(batch, batch_idx)
-
-        fails_at = -1
-        witness = Witness()
-        callback, _, witness = fit(tmp_path / "probe", Tiny(), callback=controller(min_lr=1e-4, max_lr=3e-2))
-        first = searches(callback)[0].numbers["trial_steps"]
-        assert callback.trial_steps > first
-        fails_at = first // 2 if during == "first search" else first + 1
-
-        L.seed_everything(3, verbose=False)
-        module, witness = Failing(), Witness()
-        initial = {name: value.clone() for name, value in module.state_dict().items()}
-        record, callback = _Last(), controller(min_lr=1e-4, max_lr=3e-2)
-        runner = trainer(tmp_path, callback, record, witness, max_steps=60)
-        with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)) as caught:
-            runner.fit(module, loader(batch=8), val_loader())
-        assert caught.value is failure or isinstance(caught.value, SystemExit)
-        expected = record.weights or initial
-        assert (during == "later search") == bool(record.weights)
-        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
-        assert runner.global_step == len(witness.lrs)
-        assert runner.callbacks[0] is callback
-        assert read_decisions(tmp_path) == callback.decisions
-
-    def test_error_in_validation_propagates(self, tmp_path):
-        class Failing(Tiny):
-            def validation_step(self, batch, batch_idx):
-                if not self.trainer.sanity_checking:
-                    raise ZeroDivisionError("validation")
-                return super().validation_step(batch, batch_idx)
-
-        module = Failing()
-        initial = module.head.weight.clone()
-        with pytest.raises(ZeroDivisionError):
-            trainer(tmp_path, controller(), max_steps=60).fit(module, loader(batch=8), val_loader())
-        assert torch.equal(module.head.weight, initial)
-
-
-class _Last(Callback):
-    def __init__(self):
-        self.weights = {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
 
 def test_attention_and_layer_norm(tmp_path):
