@@ -32,7 +32,7 @@ from autotune.sharding import laid_out, reshard
 from autotune.tensor_copies import TensorCopies
 
 #: Attributes every ``nn.Module`` has, apart from its mode: hook tables and the tensor tables kept below.
-_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _OPTIMIZER_INTERNALS = frozenset({"state", "param_groups", "defaults"})
 
 
@@ -262,7 +262,7 @@ class Snapshot:
                 Weights(module),
                 Gradients(module),
                 OptimizerState(optimizer),
-                Attributes(module.modules(), skip=_MODULE_INTERNALS),
+                Attributes(module.modules(), skip=MODULE_INTERNALS),
                 ModuleHooks(module),
                 *extras,
                 RandomState(),

@@ -27,7 +27,7 @@ from autotune.callbacks._trainer.facts import inform
 from autotune.callbacks._trainer.horizon import exempt_from_time_limit
 from autotune.callbacks._trainer.peaks import peak_rates
 from autotune.callbacks._trainer.ranks import Agreement
-from autotune.callbacks._trainer.rates import RateDriver
+from autotune.callbacks._trainer.rates import RateDriver, initial_rates
 from autotune.callbacks._trials import Trials
 from autotune.decision import Decision
 from autotune.stage.machine import StageState
@@ -65,9 +65,12 @@ class LRRun:
         self.costs = Costs()
         self.log = RunLog.of(trainer)
         self.optimizer = optimizer = trainer.optimizers[0]
-        built = {} if saved is None else {"ratios_": saved["ratios"], "reference": saved["reference"]}
-        scheduled = bool(trainer.lr_scheduler_configs)
-        self.driver = RateDriver(optimizer, peak_rates(trainer), scheduled=scheduled, **built)
+        scheduled, begun = bool(trainer.lr_scheduler_configs), saved or {}
+        # A run that goes on has its top behind it, perhaps.
+        peaks = peak_rates(trainer) if saved is None else initial_rates(optimizer)
+        self.driver = RateDriver(
+            optimizer, peaks, scheduled=scheduled, ratios_=begun.get("ratios"), reference=begun.get("reference")
+        )
         self.trials = Trials(
             trainer, module, set_rates=self.driver.trial, ratios=self.driver.ratios, seed=settings.seed
         )

@@ -20,19 +20,23 @@ class RatePlayer:
         schedule: What to play.
         trainer: In a running fit.
         module: Its module.
+        saved: :meth:`state_dict` of a run that goes on.
     """
 
-    def __init__(self, schedule: Schedule, trainer: Any, module: Any) -> None:
+    def __init__(self, schedule: Schedule, trainer: Any, module: Any, saved: dict[str, Any] | None) -> None:
         self._schedule, self._trainer = schedule, trainer
         self._optimizer = optimizer = trainer.optimizers[0]
         self._driver: RateDriver | None = None
+        self._peaks: list[float] = []
         self._scaled: ScaledSteps | None = None
         if schedule.rates == "lr_multiplier":
             self._scaled = ScaledSteps(optimizer)
         else:
             ratios = list(schedule.ratios) if len(schedule.ratios) == len(optimizer.param_groups) else None
             scheduled = schedule.rates == "peak_lr"
-            self._driver = RateDriver(optimizer, peak_rates(trainer), scheduled=scheduled, ratios_=ratios)
+            # A run that goes on has the top of a user's schedule behind it, perhaps.
+            self._peaks = peak_rates(trainer) if saved is None else list(saved["peaks"])
+            self._driver = RateDriver(optimizer, self._peaks, scheduled=scheduled, ratios_=ratios)
         self._best = BestWeights(module, optimizer)
         self._begun = False
         self._played = -1  # the last update before which the log was looked at
@@ -80,8 +84,9 @@ class RatePlayer:
                 driver.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights to go back to, and what was played, as primitives and tensors."""
-        return {"played": self._played, "best": self._best.state_dict() if self._begun else None}
+        """The weights to go back to, what was played, and where the user's schedule is highest."""
+        best = self._best.state_dict() if self._begun else None
+        return {"played": self._played, "best": best, "peaks": self._peaks}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""

@@ -22,7 +22,7 @@ from autotune.decision import Decision, encode, read_decisions
 from autotune.errors import ConfigurationError, StateError, UnsupportedSetupError
 from autotune.replay import Schedule, schedule_of
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 #: What a decision says of trials.
 _TRIALS = frozenset({"candidates", "posterior", "legs", "trial_steps", "seconds"})
 
@@ -116,7 +116,9 @@ class ReplaySchedule(Callback):
         self._refuse_other_scheduling(trainer)
         self._refuse_to_begin_later(trainer)
         self._take_history()  # under FSDP2 callbacks are restored later than elsewhere
-        self._rates = rates = RatePlayer(self._schedule, trainer, pl_module)
+        self._rates = rates = RatePlayer(
+            self._schedule, trainer, pl_module, None if self._saved is None else self._saved["rates"]
+        )
         self._lr = None
         saved, self._saved = self._saved, None
         if self._batches is not None:

@@ -146,7 +146,9 @@ def _held(run: Run, knots: Sequence[tuple[int, float]]) -> Series | None:
     """A step function of (start, value); what the run ended at is its last point."""
     ended = [(d.step, value) for d in run.decisions if d.kind == "finish" and (value := number(d, "lr")) is not None]
     points: list[tuple[float, float]] = []
-    for start, value in (*knots, *ended[-1:]):
+    # A run that was made longer goes on after what it had ended at.
+    last = knots[-1][0] if knots else 0
+    for start, value in (*knots, *(end for end in ended[-1:] if end[0] >= last)):
         at = float(start)
         if points and at > points[-1][0]:
             points.append((np.nextafter(at, -1.0), points[-1][1]))

@@ -20,7 +20,7 @@ class Budget:
 
     Attributes:
         share: ``search_budget``, in (0, 1).
-        planned_steps: Optimizer steps of the whole run; infinite where the end is not known.
+        planned_steps: Optimizer steps of the whole run, or the most it can make; infinite where nothing limits them.
 
     >>> Budget(0.1, 1000).left(spent=60, done_steps=0, first_cost=60)
     0.0

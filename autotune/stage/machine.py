@@ -212,7 +212,7 @@ class StageMachine:
         Args:
             state: Before it.
             probe: Of the present weights.
-            level: Share of its peak at which the rate stands; while a user's schedule is warming up nothing is owed.
+            level: Share of its peak at which the rate stands; where a user's schedule has it far below nothing is owed.
         """
         evidence = self._evidence(state, probe)
         if not math.isfinite(probe.loss) or self.lost(state):

@@ -107,8 +107,9 @@ class RateDriver:
         self.ratios = ratios(peaks) if ratios_ is None else list(ratios_)
         if scheduled and not self.reference > 0.0:
             raise ConfigurationError(
-                f"the scheduler's learning rate is {self.reference:g} at its highest, and a multiplier on it is what "
-                "is tuned: build the optimizer with a rate above 0, e.g. lr=1e-3 (which one makes no difference)"
+                f"the scheduler's learning rate is {self.reference:g} at its highest, and so is the one that the "
+                "optimizer was built with; a multiplier on it is what is tuned: build the optimizer with a rate above "
+                "0, e.g. lr=1e-3"
             )
         self._wanted: float | None = None
         self._scaled = ScaledSteps(optimizer) if scheduled else None
