@@ -194,6 +194,14 @@ def test_a_run_that_was_made_longer_is_as_long_as_it_is_now(tmp_path):
     assert (whole.real_steps, whole.seconds) == (30, 30)
 
 
+def test_the_rate_of_a_run_that_was_made_longer_goes_on_after_its_first_end(tmp_path):
+    first = [line(numbers={"lr": 0.2}), line(kind="finish", action="end", step=10, numbers={"lr": 0.01})]
+    longer = line(kind="climb", action="raise", step=15, effective_step=15, numbers={"lr": 0.3})
+    rate = learning_rate(read_run(log(tmp_path, *first, longer)))
+    assert list(rate.steps) == sorted(rate.steps)
+    assert rate.values[-1] == 0.3
+
+
 def test_what_is_monitored_is_known_whichever_controller_spoke_first(tiny):
     run = read_run(tiny.folder)
     batch = Decision("setup", "set_batch", "", 0, numbers={"controller": "AdaptiveBatchSize", "batch": 8})
