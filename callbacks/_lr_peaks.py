@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autotune.search.strides import steps_made, trial_shares
-from autotune.search.usual import cautious_lr, usual_lr
+from autotune.search.strides import idle_steps, steps_made, trial_shares
+from autotune.search.usual import cautious_lr, family_of, usual_lr
 from autotune.stage.schedule import Shape
 from autotune.stage.settings import LRSettings
 
@@ -32,8 +32,8 @@ class RunPeaks:
 
     @property
     def family(self) -> str:
-        """The optimizer's, by the name of its class."""
-        return type(self._run.optimizer).__name__
+        """The optimizer's, by the name of its class, or of the base class that is known."""
+        return family_of(self._run.optimizer)
 
     @property
     def share(self) -> float:
@@ -58,6 +58,12 @@ class RunPeaks:
     def default(self) -> float:
         """A cautious peak, for a run of which nothing is known."""
         return self._settings.clip(cautious_lr(self.family))
+
+    @property
+    def idle(self) -> int:
+        """First steps of a trial that say nothing of its rate."""
+        optimizer = self._run.optimizer
+        return idle_steps(self.family, optimizer.param_groups[0], steps_made(optimizer))
 
     def trial_shares(self, trial: int, run: int) -> tuple[float, ...]:
         """What a trial's rates are multiplied by, so that its steps are as long as those of the run that is left.

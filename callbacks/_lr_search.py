@@ -99,7 +99,7 @@ class LRSearches:
             return self._skipped(why)
         planned = [self._planned(leg, index, current, progress) for index, leg in enumerate(legs)]
         result = run.trials.search(planned, index=run.state.searches, allowance=allowance)
-        why = f"{why}{words.shortened(self._peaks.family, planned[-1].shape.shares)}"
+        why = f"{why}{words.levelled(self._peaks.family, planned[-1].shape.shares)}"
         return self._decided(result, legs, current, why)
 
     def _legs(self) -> tuple[list[Leg], float]:
@@ -113,7 +113,7 @@ class LRSearches:
             usual = usual_lr(self._peaks.family)
             known = usual is not None and self._space.contains(math.log(usual))
             centred = known and self._settings.proposals != "grid"
-            return self.policy.first(left, probe, centred=centred), left
+            return self.policy.first(left, probe, centred=centred, idle=self._peaks.idle), left
         left = min(run.left, whole)
         every = self._settings.search == "every_stage"
         leg = self.policy.later_leg(left, run.step, probe, at_any_length=every)
@@ -151,6 +151,7 @@ class LRSearches:
                 leg.steps,
                 constant=published or run.plan.averages,
                 shares=() if published else self._peaks.trial_shares(leg.steps, target),
+                idle=0 if published else self._peaks.idle,
             ),
             level=level,
             forecast_to=self._stage_steps() if published else None,

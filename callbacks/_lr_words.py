@@ -57,12 +57,17 @@ def _thinned(curve: tuple[float, ...], points: int = 100) -> list[list[float]]:
     return [[float(step), curve[step]] for step in sorted(kept)]
 
 
-def shortened(optimizer: str, shares: tuple[float, ...]) -> str:
-    """That a trial's rates were lowered, where they were, and why."""
-    longest = 1.0 / min(shares, default=1.0)
-    if longest < 1.05:
-        return ""
-    return f"; {optimizer}'s first steps are up to {longest:.2g} times as long as the run's: the trials' are not"
+def levelled(optimizer: str, shares: tuple[float, ...]) -> str:
+    """That a trial's rates were lowered or raised, where they were, and why."""
+    told = [share for share in shares if share > 0.0]
+    lowest, highest = min(told, default=1.0), max(told, default=1.0)
+    if lowest < 1.0 / 1.05:
+        return (
+            f"; {optimizer}'s first steps are up to {1.0 / lowest:.2g} times as long as the run's: the trials' are not"
+        )
+    if highest > 1.05:
+        return f"; {optimizer}'s first steps are down to 1/{highest:.2g} of the run's: the trials' are not"
+    return ""
 
 
 def climbed(

@@ -8,6 +8,10 @@ by a quarter. With the first alone, and 1e-3 or 6e-3 for Adam, the benchmark's w
 
 from __future__ import annotations
 
+import re
+
+from torch.optim import Optimizer
+
 _ADAM = 3e-3
 _RATES = {
     "sgd": 0.1,
@@ -15,10 +19,27 @@ _RATES = {
     "adagrad": 3e-2,
     "adadelta": 1.0,
     "adafactor": 1e-2,
+    "adamax": 1e-2,  # divides by the largest of some thousand gradients, three deviations and more of them
     "muon": 2e-2,
     "lion": 3e-4,
-    **dict.fromkeys(("adam", "adamw", "adamax", "nadam", "radam", "rmsprop", "lamb"), _ADAM),
+    **dict.fromkeys(("adam", "adamw", "sparseadam", "nadam", "radam", "rmsprop", "lamb"), _ADAM),
 }
+#: What names of the same optimizer have besides in apex, DeepSpeed and bitsandbytes.
+_AFFIXES = re.compile(r"^(Fused|Paged|DeepSpeedCPU)|(8|32)bit$")
+
+
+def family_of(optimizer: Optimizer) -> str:
+    """Name of the class that an optimizer's steps are those of: its own, or that of the nearest base which is known.
+
+    >>> import torch
+    >>> class Mine(torch.optim.AdamW): ...
+    >>> class FusedAdam(torch.optim.Optimizer): ...
+    >>> weights = [torch.zeros(1)]
+    >>> family_of(Mine(weights)), family_of(FusedAdam(weights, {})), family_of(torch.optim.LBFGS(weights))
+    ('AdamW', 'Adam', 'LBFGS')
+    """
+    names = [_AFFIXES.sub("", kind.__name__) for kind in type(optimizer).__mro__]
+    return next((name for name in names if usual_lr(name) is not None), type(optimizer).__name__)
 
 
 def usual_lr(optimizer: str) -> float | None:

@@ -78,13 +78,14 @@ class SearchPolicy:
         """
         return min(left / self.checks, first / 2.0)
 
-    def first(self, budget: float, probe: float, *, centred: bool = True) -> list[Leg]:
+    def first(self, budget: float, probe: float, *, centred: bool = True, idle: int = 0) -> list[Leg]:
         """The legs of the first search; none where the budget does not pay for three trials.
 
         Args:
             budget: Optimizer steps that searching may cost in the whole run.
             probe: Steps one probe costs (one before the search, one after each trial).
             centred: Whether there is a rate to walk from without a coarse leg.
+            idle: First steps of a trial that say nothing; each trial is longer by these.
 
         >>> SearchPolicy().first(200.0, 1.0)
         [Leg(candidates=6, steps=6, walk=False), Leg(candidates=3, steps=44, walk=True)]
@@ -92,21 +93,22 @@ class SearchPolicy:
         ([Leg(candidates=3, steps=8, walk=True)], [])
         """
         left = (1.0 - self.reserve) * budget - probe
-        steps = max(self.shortest_coarse, round(self.coarse_trial * budget))
+        telling = max(self.shortest_coarse, round(self.coarse_trial * budget))
+        steps = telling + idle
         coarse = Leg(min(self.coarse, int(left / (steps + probe))), steps)
-        fine = self._fine(left - coarse.candidates * (steps + probe), budget, probe, 2 * steps)
-        if centred and steps <= self.shortest_coarse and (fine is None or fine.candidates < self.fine):
-            alone = self._fine(left, budget, probe, self.shortest_fine)
+        fine = self._fine(left - coarse.candidates * (steps + probe), budget, probe, 2 * telling, idle)
+        if centred and telling <= self.shortest_coarse and (fine is None or fine.candidates < self.fine):
+            alone = self._fine(left, budget, probe, self.shortest_fine, idle)
             if alone is not None and alone.candidates == self.fine:
                 return [alone]
         if coarse.candidates < 3:
             return []
         return [coarse] if fine is None else [coarse, fine]
 
-    def _fine(self, left: float, budget: float, probe: float, shortest: int) -> Leg | None:
+    def _fine(self, left: float, budget: float, probe: float, shortest: int, idle: int) -> Leg | None:
         for count in range(self.fine, 0, -1):
-            steps = int(min(self.fine_trial * budget, left / count - probe))
-            if steps >= max(self.shortest_fine, shortest):
+            steps = int(min(self.fine_trial * budget + idle, left / count - probe))
+            if steps - idle >= max(self.shortest_fine, shortest):
                 return Leg(count, steps, walk=True)
         return None
 

@@ -75,13 +75,16 @@ class TrialShape:
         steps: Optimizer steps of the whole trial.
         constant: Hold the rate instead of annealing it: AutoLRS as published.
         shares: What each step's rate is multiplied by besides (:mod:`autotune.search.strides`); empty for nothing.
+        idle: First steps that come before the decay begins, because they say nothing.
     """
 
     steps: int
     constant: bool = False
     shares: tuple[float, ...] = ()
+    idle: int = 0
 
     def __call__(self, step: int) -> float:
         """The share of the candidate's rate at trial step ``step`` (from 0)."""
         share = self.shares[step] if self.shares else 1.0
-        return share if self.constant else share * Shape(0.0, True, 1.0 / self.steps)(step / self.steps)
+        steps = max(1, self.steps - self.idle)
+        return share if self.constant else share * Shape(0.0, True, 1.0 / steps)(max(0, step - self.idle) / steps)

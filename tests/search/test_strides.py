@@ -5,22 +5,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.search.strides import steps_made, trial_shares
+from autotune.search.strides import idle_steps, steps_made, trial_shares
 from autotune.stage.schedule import Shape
 
 KINDS = {
     "RMSprop": lambda weights, **options: torch.optim.RMSprop(weights, lr=1.0, eps=0.0, **options),
     "Adagrad": lambda weights, **options: torch.optim.Adagrad(weights, lr=1.0, eps=0.0, **options),
+    "RAdam": lambda weights, **options: torch.optim.RAdam(weights, lr=1.0, eps=0.0, **options),
 }
 
 
-def walk(optimizer, steps):
-    """The lengths of some steps at a rate of 1, by a gradient of 1."""
+def walk(optimizer, steps, gradient=1.0):
+    """The lengths of some steps at a rate of 1, by a gradient that stays."""
     (weight,) = optimizer.param_groups[0]["params"]
     lengths = []
     for _ in range(steps):
         before = weight.item()
-        weight.grad = torch.ones_like(weight)
+        weight.grad = torch.full_like(weight, gradient)
         optimizer.step()
         lengths.append(abs(weight.item() - before))
     return lengths
@@ -65,6 +66,27 @@ def test_a_buffer_that_fills_makes_the_first_steps_no_longer_than_they_are(momen
     assert all(share == 1.0 for share, length in zip(shares, lengths, strict=False) if length < 0.9 * level)
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.integers(8, 60), st.integers(60, 600), st.floats(0.8, 0.9999), st.integers(0, 40))
+def test_under_radam_steps_by_the_gradient_itself_are_left_out_and_the_others_as_long_as_the_runs(
+    trial, run, beta, made
+):
+    options = {"betas": (0.9, beta)}
+    lengths = walk(fresh("RAdam", **options), made + run, gradient=1e-6)  # so that such a step is no length at all
+    found = idle_steps("RAdam", options, made)
+    assert [length < 2e-6 for length in lengths[made : made + found + 1]] == [True] * found + [False]
+    shares = trial_shares("RAdam", options, trial, run, made=made)
+    level = sum(length for length in lengths[made:] if length > 2e-6) / run
+    assert shares[:found] == (0.0,) * found
+    told = [share * length for share, length in zip(shares, lengths[made:], strict=False)][found:]
+    assert told == pytest.approx([level] * (trial - found), rel=1e-6)
+
+
+def test_radam_that_never_rectifies_is_left_as_it_is():
+    assert idle_steps("RAdam", {"betas": (0.9, 0.5)}) == 0
+    assert trial_shares("RAdam", {"betas": (0.9, 0.5)}, 5, 100) == (1.0,) * 5
+
+
 def test_the_mean_of_a_very_long_run_is_taken_at_some_places():
     (share,) = trial_shares("Adagrad", {}, 1, 10**9)
     assert share == pytest.approx(2.0 / 10**4.5, rel=0.02)  # the mean of 1 / sqrt(t)
@@ -73,6 +95,7 @@ def test_the_mean_of_a_very_long_run_is_taken_at_some_places():
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam", "Lion", "Sophia"])
 def test_others_are_left_alone(name):
     assert trial_shares(name, {"momentum": 0.9, "betas": (0.9, 0.999)}, 10, 1000) == ()
+    assert idle_steps(name, {"betas": (0.9, 0.999)}) == 0
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

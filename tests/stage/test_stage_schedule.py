@@ -61,6 +61,10 @@ class TestTrialShape:
         assert [TrialShape(2, shares=(0.1, 0.5))(step) for step in range(2)] == pytest.approx([0.1, 0.25])
         assert [TrialShape(2, constant=True, shares=(0.1, 0.5))(step) for step in range(2)] == [0.1, 0.5]
 
+    def test_steps_that_say_nothing_come_before_the_decay(self):
+        shape = TrialShape(6, shares=(0.0, 0.0, 1.0, 1.0, 1.0, 1.0), idle=2)
+        assert [shape(step) for step in range(6)] == pytest.approx([0.0, 0.0, 1.0, 0.75, 0.5, 0.25])
+
 
 class TestBudget:
     @given(st.floats(0.01, 0.99), st.floats(1, 1e6), st.lists(st.floats(0, 1e5), max_size=20))
@@ -83,13 +87,14 @@ class TestBudget:
 class TestPolicy:
     """Whatever the shares are: what is planned can be paid."""
 
-    @given(st.floats(0.0, 1e5), st.floats(0.0, 20.0), st.booleans())
-    def test_first_search_fits_in(self, budget, probe, centred):
-        legs = SearchPolicy().first(budget, probe, centred=centred)
+    @given(st.floats(0.0, 1e5), st.floats(0.0, 20.0), st.booleans(), st.sampled_from([0, 5, 50]))
+    def test_first_search_fits_in(self, budget, probe, centred, idle):
+        legs = SearchPolicy().first(budget, probe, centred=centred, idle=idle)
         cost = probe + sum(leg.candidates * (leg.steps + probe) for leg in legs)
         assert not legs or cost <= budget * (1 + 1e-9)
         assert all(leg.candidates >= 1 and leg.steps >= 1 for leg in legs)
         assert [leg.steps for leg in legs] == sorted(leg.steps for leg in legs)
+        assert all(leg.steps >= idle + 3 for leg in legs)
         assert not legs or legs[0].candidates >= 3
         assert not legs or not legs[0].walk or (centred and len(legs) == 1)
 
