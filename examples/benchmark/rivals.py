@@ -24,7 +24,10 @@ from autotune.callbacks import AutoLRS
 WARMUP = 0.02
 SHAPES = ("linear", "cosine", "hold")
 #: log10 of the middle of the seven-LR sweep, by workload where it is not the optimizer family's.
-_CENTRES = {"Adam": -2.5, "AdamW": -2.5, "NAdam": -2.5, "RMSprop": -2.5, "Adagrad": -1.5, "SGD": -1.0}
+_CENTRES = {
+    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RMSprop", "Adamax", "RAdam"), -2.5),
+    **{"Adagrad": -1.5, "SGD": -1.0, "ASGD": -1.0, "Adadelta": 0.0, "Adafactor": -2.0},
+}
 _SPECIAL = {
     **{"finetune": -1.5, "overfit": -2.5, "saturating": 0.0, "gpt_sgd": -0.5, "vae_sgd": -2.5},
     **{"large_targets_adam": -1.5, "large_targets_sgd": -4.5, "raw_targets_adamw": -1.5, "raw_targets_sgd": -2.5},

@@ -165,7 +165,28 @@ UNSCALED: dict[str, Workload] = {
            options={"momentum": 0.9}),
     )
 }  # fmt: skip
-SETS = {"suite": SUITE, "seen": SEEN, "held-out": HELD_OUT, "unscaled": UNSCALED}
+#: Optimizers that no other set has, defined before any run on them.
+OPTIMIZERS: dict[str, Workload] = {
+    w.name: w
+    for w in (
+        _W("gpt_radam", "stdlib_bytes", "GPT", "cross_entropy", "RAdam", 2000, 8, data={"context": 32},
+           shape={"width": 32, "context": 32}),
+        _W("conv_radam", "mnist1d", "Conv", "cross_entropy", "RAdam", 2500, 64),
+        _W("friedman_adamax", "friedman", "MLP", "mse", "Adamax", 3000, 32, data={"train": 4000, "noise": 0.5},
+           shape={"inputs": 10, "outputs": 1, "width": 48, "depth": 3}),
+        _W("lstm_adamax", "stdlib_bytes", "LSTM", "cross_entropy", "Adamax", 1500, 8, data={"context": 32}, clip=1.0),
+        _W("conv_adadelta", "mnist1d", "Conv", "cross_entropy", "Adadelta", 2500, 64),
+        _W("denoiser_adadelta", "noisy_digits", "Denoiser", "mse", "Adadelta", 2000, 32),
+        _W("patches_adafactor", "mnist1d", "PatchTransformer", "cross_entropy", "Adafactor", 2500, 64,
+           shape={"width": 24}),
+        _W("gru_adafactor", "stdlib_bytes", "Recurrent", "cross_entropy", "Adafactor", 1500, 8, data={"context": 32},
+           shape={"width": 48}, clip=1.0),
+        _W("friedman_asgd", "friedman", "MLP", "mse", "ASGD", 3000, 32, data={"train": 4000, "noise": 0.5},
+           shape={"inputs": 10, "outputs": 1, "width": 48, "depth": 3}),
+        _W("causal_conv_asgd", "stdlib_bytes", "CausalConv", "cross_entropy", "ASGD", 1500, 8, data={"context": 32}),
+    )
+}  # fmt: skip
+SETS = {"suite": SUITE, "seen": SEEN, "held-out": HELD_OUT, "unscaled": UNSCALED, "optimizers": OPTIMIZERS}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

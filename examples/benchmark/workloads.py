@@ -22,7 +22,8 @@ from models import NETWORKS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-OPTIMIZERS = {name: getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "NAdam", "RMSprop", "Adagrad")}
+_NAMES = ["SGD", "Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "Adamax", "RAdam", "Adadelta", "Adafactor", "ASGD"]
+OPTIMIZERS = {name: getattr(torch.optim, name) for name in _NAMES}
 REVISION = 1  # raise it when a change in code that no hash sees changes results
 
 
