@@ -21,8 +21,6 @@ from autotune.callbacks import AutoLRS, ReplaySchedule
 from autotune.callbacks._trainer import peaks
 from tests.callbacks.harness import Save, Tiny, Witness, loader, searches, trainer, val_loader
 
-EPOCH = 30
-
 
 class Scheduled(Tiny):
     """Two groups under a scheduler of the user's."""
@@ -97,7 +95,7 @@ def test_it_is_stepped_when_lightning_steps_it(tmp_path, frequency, accumulate):
     assert found.foreseen == pytest.approx(found.highest, rel=0.011)
 
 
-@pytest.mark.parametrize("limits", [{"max_steps": -1, "max_time": {"seconds": 1}}, {"max_steps": -1, "max_epochs": -1}])
+@pytest.mark.parametrize("limits", [{"max_steps": -1, "max_time": {"seconds": 60}}, {"max_steps": -1, "max_epochs": -1}])
 def test_without_a_limit_of_updates_it_is_the_top_before_it_comes_down(tmp_path, limits):
     class End(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -105,7 +103,7 @@ def test_without_a_limit_of_updates_it_is_the_top_before_it_comes_down(tmp_path,
 
     make = lambda o: LambdaLR(o, lambda s: 3.0 * min(1.0, s / 40) if s < 50 else 3.0 * (1 - s / 400) ** 2)  # noqa: E731
     found = look(tmp_path, Scheduled(make, interval="step"), End(), **limits)
-    assert found.foreseen == pytest.approx([3.0 * rate for rate in (1e-3, found.foreseen[1] / 3.0)])
+    assert found.foreseen == pytest.approx(found.highest, rel=0.011)
     assert found.foreseen[0] == pytest.approx(3e-3)
 
 
@@ -119,8 +117,8 @@ def test_what_still_rises_where_nobody_looks_on_is_at_least_what_the_optimizer_w
     assert found.foreseen[0] == pytest.approx(top)
 
 
-@pytest.mark.parametrize("make", [lambda o: LambdaLR(o, [lambda s: float(s > 200), lambda s: 1.0])])
-def test_a_rate_of_zero_to_the_end_is_no_reason_to_refuse_the_run(tmp_path, make):
+def test_a_rate_of_zero_to_the_end_is_no_reason_to_refuse_the_run(tmp_path):
+    make = lambda o: LambdaLR(o, [lambda s: float(s > 200), lambda s: 1.0])  # noqa: E731
     found = look(tmp_path, Scheduled(make, interval="step"), AutoLRS(search_budget=0.3))
     assert found.foreseen[0] == 1e-3
 
