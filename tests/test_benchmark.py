@@ -18,7 +18,7 @@ REPORTING = [60, 61, 62, 63, 64]
 EARLIER = [30, 31, 32, 33, 34, 40, 41]
 GROUPS = [
     *[("runs-cpu.csv", "suite"), ("runs-seen-cpu.csv", "seen"), ("runs-held-out-cpu.csv", "held-out")],
-    ("runs-unscaled-cpu.csv", "unscaled"),
+    *[("runs-unscaled-cpu.csv", "unscaled"), ("runs-optimizers-cpu.csv", "optimizers")],
 ]
 GROWTH_SEEDS = [10, 11, 12, 13, 14]
 TABLE = (ROOT / "README.md").read_text(encoding="utf-8").split("**The benchmark's eighteen workloads**")[1]
@@ -128,6 +128,7 @@ def test_the_readme_counts_the_pairs_of_validated_runs(benchmark, committed):
         ("held-out", "**Eight workloads on which"),
         ("seen", "**Twenty-eight that were"),
         ("unscaled", "**Ten in units of their own"),
+        ("optimizers", "**Ten under optimizers"),
     ],
 )
 def test_the_readme_says_what_the_lines_outside_the_suite_say(benchmark, group, begins):
