@@ -95,7 +95,9 @@ def test_it_is_stepped_when_lightning_steps_it(tmp_path, frequency, accumulate):
     assert found.foreseen == pytest.approx(found.highest, rel=0.011)
 
 
-@pytest.mark.parametrize("limits", [{"max_steps": -1, "max_time": {"seconds": 60}}, {"max_steps": -1, "max_epochs": -1}])
+@pytest.mark.parametrize(
+    "limits", [{"max_steps": -1, "max_time": {"seconds": 60}}, {"max_steps": -1, "max_epochs": -1}]
+)
 def test_without_a_limit_of_updates_it_is_the_top_before_it_comes_down(tmp_path, limits):
     class End(Callback):
         def on_train_batch_end(self, trainer, *_):
