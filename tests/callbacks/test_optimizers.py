@@ -101,32 +101,23 @@ def test_schedule_free(tmp_path, make, by):
     assert run.witness.lrs[-1] == run.witness.lrs[-2]
 
 
-class Uncorrected(torch.optim.RMSprop):
-    """Writes down the rates of its steps; RMSprop by its base class."""
+def first_trial(folder, kind):
+    """The first search of a run of 400 updates, its first candidate, and the rates of that one's steps by its own."""
+    rates = []
 
-    rates = None
+    class Noted(kind):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
 
-    def step(self, closure=None):
-        Uncorrected.rates.append(self.param_groups[0]["lr"])
-        return super().step(closure)
-
-
-class Rectified(torch.optim.RAdam):
-    """The same of RAdam."""
-
-    rates = None
-
-    def step(self, closure=None):
-        Rectified.rates.append(self.param_groups[0]["lr"])
-        return super().step(closure)
+    callback, _ = compare(folder, lambda: Any(Noted), {"max_steps": 400})
+    search = next(one for one in callback.decisions if one.kind == "search")
+    first = search.numbers["candidates"][0]
+    return search, first, [rate / first["lr"] for rate in rates[: first["steps"]]]
 
 
 def test_a_trial_under_radam_leaves_its_steps_by_the_gradient_out_and_lengthens_the_others(tmp_path):
-    Rectified.rates = []
-    callback, _ = compare(tmp_path, lambda: Any(Rectified), {"max_steps": 400})
-    search = next(one for one in callback.decisions if one.kind == "search")
-    first = search.numbers["candidates"][0]
-    tried = [rate / first["lr"] for rate in Rectified.rates[: first["steps"]]]
+    search, first, tried = first_trial(tmp_path, torch.optim.RAdam)
     assert first["steps"] >= 5 + 3
     assert tried[:5] == [0.0] * 5
     # r is .0258, .0327, .0387 in the sixth to the eighth step; in a run of 400 .29 in the mean.
@@ -137,11 +128,7 @@ def test_a_trial_under_radam_leaves_its_steps_by_the_gradient_out_and_lengthens_
 
 
 def test_a_trial_under_rmsprop_begins_with_steps_as_short_as_the_runs(tmp_path):
-    Uncorrected.rates = []
-    callback, _ = compare(tmp_path, lambda: Any(Uncorrected), {"max_steps": 400})
-    search = next(one for one in callback.decisions if one.kind == "search")
-    first = search.numbers["candidates"][0]
-    tried = [rate / first["lr"] for rate in Uncorrected.rates[: first["steps"]]]
+    search, first, tried = first_trial(tmp_path, torch.optim.RMSprop)
     # A mean of squares at 1 - .99^t of what it comes to, and a decay; a run of 400 has steps of 1.35 in the mean.
     bare = [(1.0 - 0.99 ** (t + 1)) ** 0.5 * (1.0 - t / first["horizon_steps"]) for t in range(first["steps"])]
     assert first["steps"] >= 3
